@@ -120,6 +120,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What the learner reports of one step; every number is finite."""
+    """What the learner reports of one step; every number is finite.
+
+    uncertainty: (mean, max) over the tokens of each rollout, in the batch's order.
+    """
 
     metrics: dict[str, float | None] = field(default_factory=dict)
+    uncertainty: tuple[tuple[float, float], ...] = ()

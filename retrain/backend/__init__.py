@@ -1,0 +1,56 @@
+"""What trains: one protocol, and the backends that speak it (`[backend]`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from retrain.types import Batch, StepResult
+
+if TYPE_CHECKING:
+    from retrain.config import Config
+
+
+class Backend(Protocol):
+    """A policy that samples are drawn from and that learns from them.
+
+    tokenizer: of the model. context: longest sequence, in tokens. uncertainty: the kind that weighs token credit.
+    """
+
+    tokenizer: Any
+    context: int
+    uncertainty: str
+
+    def step(self, batch: Batch, step: int) -> StepResult:
+        """One training step on `batch`; `step` counts from 0."""
+        ...
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write a plain PEFT adapter."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write everything a resumed run needs: adapter, optimizer, random streams."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Take up the state that `save` wrote."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What the run's metadata says of the model: parameter counts, device, dtype, digest of the base."""
+        ...
+
+    def base_digest(self) -> str:
+        """SHA-256 over the base's tensors."""
+        ...
+
+    def peak_memory_bytes(self) -> int: ...
+
+
+def open_backend(config: Config, *, seed: int, say: Callable[[str], None]) -> Backend:
+    """The backend of `[backend] backend`, with the model loaded and a fresh adapter drawn from `seed`."""
+    from retrain.backend.local import LocalBackend
+
+    return LocalBackend(config, seed=seed, say=say)

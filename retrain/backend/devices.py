@@ -1,0 +1,58 @@
+"""`[backend] devices` to torch devices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+
+from retrain.types import ConfigError
+
+_NAME = re.compile(r"(cpu|mps|(?:gpu|cuda)(?::(\d+))?)")
+
+
+def resolve_device(name: str, say: Callable[[str], None]) -> torch.device:
+    """`cpu`, `mps`, `gpu:N` or `cuda:N`. Without a GPU, `gpu:0` (the default) is Metal or the CPU, and `say` tells so.
+
+    Raises ConfigError for a device that this machine does not have.
+    """
+    match = _NAME.fullmatch(name.strip())
+    if match is None:
+        raise ConfigError(f'backend.devices = "{name}": write "cpu", "mps" or "gpu:N"')
+    if match[1] == "cpu":
+        return torch.device("cpu")
+    if match[1] == "mps":
+        if not torch.backends.mps.is_available():
+            raise ConfigError('backend.devices = "mps": this machine has no Metal device; use "cpu"')
+        return torch.device("mps")
+    index, count = int(match[2] or 0), torch.cuda.device_count()
+    if index < count:
+        return torch.device("cuda", index)
+    if count:
+        raise ConfigError(f'backend.devices = "{name}": this machine has gpu:0 to gpu:{count - 1}')
+    if index:
+        raise ConfigError(f'backend.devices = "{name}": this machine has no GPU; use "cpu"')
+    fallback = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    say(f"no CUDA or ROCm GPU on this machine: {name} runs on {fallback}")
+    return fallback
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`[training] dtype` of the frozen base: auto is float32 on the CPU, bfloat16 elsewhere."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory of this process so far: on the GPU where there is one, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    import resource
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

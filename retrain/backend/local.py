@@ -1,0 +1,94 @@
+"""`backend = "local"`: PyTorch and PEFT in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from retrain.backend import rng
+from retrain.backend.devices import peak_memory_bytes
+from retrain.backend.learner import Learner
+from retrain.backend.model import base_digest, load_policy
+from retrain.streams import stream_key
+from retrain.types import Batch, RetrainError, StepResult
+
+if TYPE_CHECKING:
+    from retrain.config import Config
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TRAINER_TENSORS = "trainer.pt"
+
+
+class LocalBackend:
+    """See `retrain.backend.Backend`. The in-process engine samples from `policy` itself: nothing is copied."""
+
+    def __init__(self, config: Config, *, seed: int, say: Callable[[str], None]) -> None:
+        self.policy = load_policy(
+            config.model,
+            config.lora,
+            config.backend,
+            config.training,
+            lora_seed=stream_key(seed, "lora"),
+            say=say,
+        )
+        self.tokenizer, self.context = self.policy.tokenizer, self.policy.context
+        self.learner = Learner(self.policy, config)
+        self.uncertainty = self.learner.uncertainty
+        rng.seed_all(stream_key(seed, "global"))
+
+    def step(self, batch: Batch, step: int) -> StepResult:
+        return self.learner.step(batch, step)
+
+    def save_adapter(self, folder: Path) -> None:
+        peft = self.policy.peft
+        state = {key: value.detach().cpu().contiguous() for key, value in get_peft_model_state_dict(peft).items()}
+        save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        config = peft.peft_config["default"]
+        was, config.inference_mode = config.inference_mode, True
+        config.save_pretrained(str(folder))
+        config.inference_mode = was
+
+    def load_adapter(self, folder: Path) -> None:
+        """Raises RetrainError when the adapter in `folder` is missing or was made for another model or rank."""
+        path = folder / ADAPTER_WEIGHTS
+        if not path.is_file():
+            raise RetrainError(f"no adapter in {folder}: there is no {ADAPTER_WEIGHTS}")
+        state = load_file(path)
+        ours = get_peft_model_state_dict(self.policy.peft)
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in ours.items()}:
+            raise RetrainError(
+                f"the adapter in {folder} does not fit this config: its layers or ranks differ. "
+                "model.model, model.lora_rank and lora.target_modules must be those it was trained with"
+            )
+        set_peft_model_state_dict(self.policy.peft, state)
+
+    def save(self, folder: Path) -> None:
+        self.save_adapter(folder)
+        torch.save({"optimizer": self.learner.optimizer.state_dict(), "rng": rng.capture()}, folder / TRAINER_TENSORS)
+
+    def load(self, folder: Path) -> None:
+        self.load_adapter(folder)
+        state = torch.load(folder / TRAINER_TENSORS, map_location=self.policy.device, weights_only=True)
+        self.learner.optimizer.load_state_dict(state["optimizer"])
+        rng.restore(state["rng"])
+
+    def describe(self) -> dict[str, Any]:
+        base = sum(p.numel() for _, p in self.policy.base_parameters())
+        return {
+            "parameters": base,
+            "trainable_parameters": sum(p.numel() for p in self.learner.parameters),
+            "device": str(self.policy.device),
+            "dtype": str(self.policy.head.weight.dtype).removeprefix("torch."),
+            "shared_prompts": self.learner.share_prompts,
+        }
+
+    def base_digest(self) -> str:
+        return base_digest(self.policy)
+
+    def peak_memory_bytes(self) -> int:
+        return peak_memory_bytes(self.policy.device)

@@ -1,0 +1,189 @@
+"""The frozen base, its tokenizer and the LoRA adapter on it."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from retrain.assets import resolve_model
+from retrain.backend.devices import resolve_device, resolve_dtype
+from retrain.types import ConfigError
+
+if TYPE_CHECKING:
+    from retrain.config import BackendConfig, LoraConfig, ModelConfig, TrainingConfig
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A causal LM with a LoRA adapter: the base is frozen and never written, the adapter is what trains.
+
+    lm: the transformers model with LoRA layers inside. peft: the same, as PEFT sees it.
+    eos_ids: token ids that end a completion. context: longest sequence the model can take, in tokens.
+    """
+
+    peft: PeftModel
+    lm: Any
+    tokenizer: Any
+    device: torch.device
+    eos_ids: tuple[int, ...]
+    context: int
+
+    def hidden(self, tokens_RS: Tensor, positions_RS: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Final hidden states [R, S, D], after the last norm; `mask` is boolean [R, 1, S, S], None is causal."""
+        outputs = self.lm.base_model(
+            input_ids=tokens_RS, position_ids=positions_RS, attention_mask=mask, use_cache=False
+        )
+        return outputs.last_hidden_state
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.lm.get_output_embeddings()
+
+    def base_parameters(self) -> list[tuple[str, Tensor]]:
+        return [(name, p) for name, p in self.peft.named_parameters() if "lora_" not in name]
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.peft.parameters() if p.requires_grad]
+
+
+def base_digest(policy: Policy) -> str:
+    """SHA-256 over every tensor of the base: equal before and after a run, or the run is not what it says."""
+    digest = hashlib.sha256()
+    for name, parameter in policy.base_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_policy(
+    model: ModelConfig,
+    lora: LoraConfig,
+    backend: BackendConfig,
+    training: TrainingConfig,
+    *,
+    lora_seed: int,
+    say: Callable[[str], None],
+) -> Policy:
+    """Load the base, freeze it and attach a fresh adapter drawn from `lora_seed` (on the CPU: same on every device).
+
+    Raises ConfigError for a model, tokenizer or LoRA target that cannot be used.
+    """
+    device = resolve_device(backend.devices, say)
+    dtype = resolve_dtype(training.dtype, device)
+    transformers_logging.disable_progress_bar()
+    say(f"loading {model.model} as {str(dtype).removeprefix('torch.')} on {device}")
+    base, tokenizer = _load_base(model.model, dtype)
+    for parameter in base.parameters():
+        parameter.requires_grad_(False)
+    eos_ids = _eos_ids(base, tokenizer, model.model)
+    peft = _attach(base, model, lora, lora_seed)
+    if training.gradient_checkpointing:
+        peft.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    peft.to(device)
+    peft.eval()
+    context = getattr(base.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    policy = Policy(peft, peft.get_base_model(), tokenizer, device, eos_ids, int(context))
+    check_head(policy, model.model)
+    return policy
+
+
+def _load_base(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    path = resolve_model(name)
+    looks_local = name.startswith((".", "/", "~"))
+    if looks_local:
+        path = str(Path(path).expanduser())
+        if not Path(path, "config.json").is_file():
+            raise ConfigError(f'model.model = "{name}": no model in that folder (there is no config.json)')
+    try:
+        config = AutoConfig.from_pretrained(path)
+        _disable_dropout(config)
+        base = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, attn_implementation="sdpa")
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f'model.model = "{name}" cannot be loaded as a causal language model: {reason:.300}. '
+            'Write a folder, a hub id that is cached or can be reached, or "builtin:tiny"'
+        ) from error
+    return base, tokenizer
+
+
+def _disable_dropout(config: Any) -> None:
+    """Dropout in the base would make the trainer see another policy than the one that sampled."""
+    for key, value in config.to_dict().items():
+        if isinstance(value, float) and ("dropout" in key or key.endswith("_pdrop")):
+            setattr(config, key, 0.0)
+
+
+def _eos_ids(base: Any, tokenizer: Any, name: str) -> tuple[int, ...]:
+    configured = base.generation_config.eos_token_id if base.generation_config is not None else None
+    ids = [configured] if isinstance(configured, int) else list(configured or [])
+    if tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    if not ids:
+        raise ConfigError(
+            f'model.model = "{name}": neither its tokenizer nor its generation_config.json names an end-of-sequence '
+            "token, so no completion could ever end; set eos_token in tokenizer_config.json"
+        )
+    return tuple(sorted(set(ids)))
+
+
+def _attach(base: Any, model: ModelConfig, lora: LoraConfig, seed: int) -> PeftModel:
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    if not isinstance(targets, str):
+        _check_targets(base, targets)
+    adapter = PeftLoraConfig(
+        task_type="CAUSAL_LM",
+        r=model.lora_rank,
+        lora_alpha=lora.alpha or 2 * model.lora_rank,
+        lora_dropout=lora.dropout,
+        use_rslora=lora.use_rslora,
+        target_modules=targets,
+        base_model_name_or_path=resolve_model(model.model),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        peft = get_peft_model(base, adapter)
+    assert isinstance(peft, PeftModel)
+    return peft
+
+
+def _check_targets(base: Any, targets: list[str]) -> None:
+    head = base.get_output_embeddings()
+    linear = {name: module for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+    leaves = sorted({name.rpartition(".")[2] for name, module in linear.items() if module is not head})
+    for target in targets:
+        matched = [module for name, module in linear.items() if name == target or name.endswith("." + target)]
+        if any(module is head for module in matched):
+            raise ConfigError(f'lora.target_modules: "{target}" is the output head, which stays frozen; leave it out')
+        if not matched:
+            nearest = difflib.get_close_matches(target, leaves, n=1)
+            hint = f'did you mean "{nearest[0]}"?' if nearest else f"the model has {', '.join(leaves)}"
+            raise ConfigError(f'lora.target_modules: "{target}" matches no linear layer of the model; {hint}')
+
+
+@torch.no_grad()
+def check_head(policy: Policy, name: str) -> None:
+    """The learner takes log-probs from hidden states and the head's weight: prove that this is the model's output.
+
+    A model that scales or caps its logits would otherwise train on other probabilities than it samples with.
+    """
+    probe = torch.arange(8, device=policy.device)[None] % policy.lm.config.get_text_config().vocab_size
+    logits = policy.lm(input_ids=probe, use_cache=False).logits.float()
+    ours = policy.head(policy.hidden(probe)).float()
+    if logits.shape != ours.shape or not torch.allclose(logits, ours, rtol=1e-2, atol=1e-2):
+        raise ConfigError(
+            f'model.model = "{name}": its logits are not a plain linear head on its last hidden state '
+            "(scaled or capped logits); this architecture is not supported"
+        )

@@ -1,0 +1,113 @@
+"""The one table of combinations that are refused: what each value may be on its own is said by the schema."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from retrain.config.schema import Config
+from retrain.config.sections import CampaignConfig, SqueezeConfig
+
+
+def problems(config: Config) -> list[str]:
+    """What is wrong with the values taken together, one message each; empty when nothing is."""
+    tables = [_table(config)]
+    if config.squeeze is not None:
+        tables.append(_squeeze_table(config.squeeze))
+    if config.campaign is not None:
+        tables.append(_campaign_table(config.campaign))
+    return [message for table in tables for refused, message in table if refused]
+
+
+def _table(config: Config) -> Iterator[tuple[bool, str]]:
+    """(refused, message) of every rule about a run."""
+    training, loss, algorithm = config.training, config.loss, config.algorithm
+    inference, environment, reward, bp = config.inference, config.environment, config.reward, config.backpressure
+    completions = training.batch_size * training.group_size
+
+    yield (
+        inference.top_p != 1 or inference.top_k != 0,
+        "inference.top_p / top_k: cutting the sampled distribution biases the log-probabilities that training needs; "
+        "remove them (top_p = 1.0, top_k = 0)",
+    )
+    yield (
+        algorithm.overlong_buffer > 0 and algorithm.advantage_mode == "maxrl",
+        "algorithm.overlong_buffer: its penalty makes rewards negative, and maxrl needs rewards in [0, 1]; "
+        'set it to 0 or use another algorithm.advantage_mode, such as "grpo"',
+    )
+    yield (
+        algorithm.overlong_buffer >= training.max_tokens,
+        f"algorithm.overlong_buffer = {algorithm.overlong_buffer}: must be less than training.max_tokens "
+        f"({training.max_tokens})",
+    )
+    yield (
+        0 < loss.dual_clip <= 1,
+        f"loss.dual_clip = {loss.dual_clip}: must be 0 (off) or greater than 1",
+    )
+    yield (
+        loss.mismatch_correction != "none" and loss.old_logprobs != "recompute",
+        f'loss.mismatch_correction = "{loss.mismatch_correction}": the ratio to the sampler carries the correction '
+        'already; set loss.old_logprobs = "recompute" or remove it',
+    )
+    yield (
+        loss.minibatches > completions,
+        f"loss.minibatches = {loss.minibatches}: must not be more than the completions of a step "
+        f"(training.batch_size * group_size = {completions})",
+    )
+    yield (
+        training.lr_schedule != "constant" and training.warmup_steps >= training.max_steps,
+        f"training.warmup_steps = {training.warmup_steps}: must be less than training.max_steps ({training.max_steps}) "
+        f'with lr_schedule = "{training.lr_schedule}"',
+    )
+    yield (
+        config.eval.samples > 1 and config.eval.temperature == 0,
+        f"eval.samples = {config.eval.samples}: greedy completions are all the same; set eval.temperature above 0 "
+        "or samples to 1",
+    )
+    yield (
+        bool(config.model.base_url) and config.backend.backend != "tinker",
+        'model.base_url: only the tinker backend has a service; set backend.backend = "tinker" or remove it',
+    )
+    yield (
+        bool(environment.provider) and not environment.id,
+        f'environment.provider = "{environment.provider}": needs environment.id, as in "primeintellect/gsm8k"',
+    )
+    yield (
+        bool(environment.id) and not environment.provider,
+        'environment.id: needs environment.provider = "verifiers"',
+    )
+    yield (environment.max_turns == 0, "environment.max_turns = 0: must be -1 (no override) or >= 1")
+    yield (reward.type == "judge" and not reward.judge_model, 'reward.type = "judge": needs reward.judge_model')
+    yield (reward.type == "custom" and not reward.custom_module, 'reward.type = "custom": needs reward.custom_module')
+    yield (
+        bp.min_batch_size > bp.max_batch_size,
+        f"backpressure.min_batch_size = {bp.min_batch_size}: must not be above max_batch_size ({bp.max_batch_size})",
+    )
+    yield (
+        bp.enabled and not bp.min_batch_size <= training.batch_size <= bp.max_batch_size,
+        f"training.batch_size = {training.batch_size}: must lie within backpressure.min_batch_size and max_batch_size "
+        f"({bp.min_batch_size} to {bp.max_batch_size})",
+    )
+
+
+def _squeeze_table(squeeze: SqueezeConfig) -> Iterator[tuple[bool, str]]:
+    ranks, source = squeeze.target_ranks, squeeze.source_rank
+    yield (any(rank < 1 for rank in ranks), "squeeze.target_ranks: every rank must be >= 1")
+    yield (len(set(ranks)) < len(ranks), "squeeze.target_ranks: names a rank twice")
+    yield (
+        source > 0 and any(rank > source for rank in ranks),
+        f"squeeze.target_ranks: no rank may be above squeeze.source_rank ({source})",
+    )
+    yield (
+        0 < source < squeeze.compress_to,
+        f"squeeze.compress_to = {squeeze.compress_to}: must not be above squeeze.source_rank ({source})",
+    )
+
+
+def _campaign_table(campaign: CampaignConfig) -> Iterator[tuple[bool, str]]:
+    yield (not campaign.seeds, "campaign.seeds: must name at least one seed")
+    yield (any(seed < 0 for seed in campaign.seeds), "campaign.seeds: every seed must be >= 0, so that runs are paired")
+    yield (len(set(campaign.seeds)) < len(campaign.seeds), "campaign.seeds: names a seed twice")
+    yield (
+        bool(campaign.ray_address) and campaign.executor != "ray",
+        'campaign.ray_address: set campaign.executor = "ray" or remove it',
+    )

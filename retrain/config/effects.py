@@ -1,0 +1,81 @@
+"""The one table of settings that do nothing with the modes chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+
+from retrain.config.fields import source_kind
+from retrain.config.schema import Config, changed
+from retrain.config.show import show_key
+
+
+def without_effect(config: Config) -> list[str]:
+    """One line, with the reason, for each key that is set off its default and changes nothing."""
+    idle = [(pattern, reason) for holds, pattern, reason in _table(config) if holds]
+    lines = []
+    for path, value in changed(config).items():
+        reason = next((reason for pattern, reason in idle if fnmatchcase(path, pattern)), None)
+        if reason is not None:
+            lines.append(f"{show_key(path, value)}: no effect {reason}")
+    return lines
+
+
+def _table(config: Config) -> Iterator[tuple[bool, str, str]]:
+    """(holds, keys without effect, reason); the first rule that holds for a key gives the reason."""
+    transform, loss, reward = config.algorithm.transform_mode, config.loss, config.reward
+    plugin = "." in transform
+    with_transform = f'with algorithm.transform_mode = "{transform}"'
+    yield plugin or transform == "none", "gtpo.beta", with_transform
+    yield plugin or not transform.endswith("hicra"), "hicra.alpha", with_transform
+    yield plugin or "sepa" not in transform, "sepa.*", with_transform
+    for key in ("ema_decay", "variance_threshold", "warmup"):
+        yield config.sepa.schedule != "auto", f"sepa.{key}", 'with sepa.schedule = "linear"'
+    yield config.sepa.steps == 0, "sepa.delay_steps", "with sepa.steps = 0"
+    yield not config.algorithm.dynamic_sampling, "algorithm.max_resample_rounds", "without algorithm.dynamic_sampling"
+
+    yield loss.kind == "importance_sampling", "loss.clip_*", 'with loss.kind = "importance_sampling"'
+    yield loss.kind != "ppo", "loss.dual_clip", f'with loss.kind = "{loss.kind}"'
+    yield loss.kl_coef == 0, "loss.kl_estimator", "with loss.kl_coef = 0"
+    yield loss.mismatch_correction == "none", "loss.mismatch_cap", "without loss.mismatch_correction"
+
+    yield config.planning.detector == "regex", "planning.model", 'with planning.detector = "regex"'
+    yield config.planning.detector == "regex", "planning.threshold", 'with planning.detector = "regex"'
+    yield reward.type != "judge", "reward.judge_model", f'with reward.type = "{reward.type}"'
+    yield reward.type != "custom", "reward.custom_*", f'with reward.type = "{reward.type}"'
+    yield not config.backpressure.enabled, "backpressure.*", "without backpressure.enabled"
+    yield not config.logging.wandb_project, "logging.wandb_*", "without logging.wandb_project"
+    if config.eval.every == 0:
+        for key in ("examples", "samples", "temperature"):
+            yield True, f"eval.{key}", "in training with eval.every = 0 (`retrain eval` uses it)"
+
+    yield bool(config.environment.provider), "data.*", "with an [environment]"
+    yield not config.environment.provider, "environment.*", "without environment.provider"
+    kind = source_kind(config.data.source)
+    of_source = f'with data.source = "{config.data.source}"'
+    yield kind not in ("file", "hub"), "data.*_field", of_source
+    yield kind != "hub", "data.split", of_source
+
+    yield from _backend_table(config)
+    yield (
+        config.squeeze is not None and not config.squeeze.output_path,
+        "squeeze.compress_to",
+        ("without squeeze.output_path"),
+    )
+
+
+def _backend_table(config: Config) -> Iterator[tuple[bool, str, str]]:
+    in_process = config.inference.engine == "pytorch"
+    for key in ("inference.url", "inference.request_timeout_s", "inference.retries", "backend.adapter_path"):
+        yield in_process and config.backend.backend == "local", key, 'with inference.engine = "pytorch"'
+    remote = config.backend.backend == "tinker"
+    for key in (
+        "backend.devices",
+        "backend.adapter_path",
+        "training.micro_batch_tokens",
+        "training.gradient_checkpointing",
+        "training.dtype",
+        "lora.*",
+        "inference.*",
+    ):
+        yield remote, key, 'with backend.backend = "tinker"'

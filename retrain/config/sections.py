@@ -1,0 +1,384 @@
+"""The sections of the configuration: names, types, ranges, defaults and descriptions of every key live here only.
+
+A class's docstring describes its section; a Field's description its key. Help texts, flags, the reference page and the
+JSON Schema are made from them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from retrain.config.fields import (
+    AdvantageMode,
+    ConditionName,
+    Devices,
+    IntList,
+    Overrides,
+    Source,
+    Table,
+    TargetModules,
+    TransformMode,
+    from_array,
+)
+
+MAX_SEED = 2**32 - 1
+
+# GSPO clips a sequence ratio, which moves far less than a token ratio (GSPO, arXiv 2507.18071).
+CLIP = {"ppo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}
+
+
+def _clip_default(side: int) -> Any:
+    return lambda data: CLIP["gspo" if data.get("kind") == "gspo" else "ppo"][side]
+
+
+class Section(BaseModel):
+    """Strict: a string where a number is expected is an error, and so is a key that does not exist."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class BackendConfig(Section):
+    """Where the model is trained."""
+
+    backend: Literal["local", "tinker"] = Field(
+        default="local", description="Training backend: `local` (PyTorch and PEFT) or `tinker` (remote service)."
+    )
+    devices: Devices = Field(
+        default="gpu:0",
+        description="Comma-separated devices: `cpu`, `mps`, `gpu:N`. With several, inference runs on the first and "
+        "training on the last. Without a GPU, `gpu:0` runs on the CPU and says so.",
+    )
+    adapter_path: str = Field(
+        default="/tmp/retrain_adapter",
+        min_length=1,
+        description="Folder where the adapter is published for external engines, one sub-folder per policy version.",
+    )
+
+
+class ModelConfig(Section):
+    """The model that is trained, and the size of its adapter."""
+
+    model: str = Field(
+        default="Qwen/Qwen3-4B-Instruct-2507",
+        min_length=1,
+        description="Hugging Face model id, local folder, or `builtin:tiny` (the embedded model).",
+    )
+    base_url: str = Field(default="", description="URL of the Tinker service (backend `tinker` only).")
+    lora_rank: int = Field(default=32, ge=1, description="Rank of the LoRA adapter.")
+
+
+class AlgorithmConfig(Section):
+    """How rewards become advantages of tokens, and which groups are trained on."""
+
+    advantage_mode: AdvantageMode = Field(default="maxrl", description="Advantage of a completion within its group.")
+    transform_mode: TransformMode = Field(default="gtpo_sepa", description="How an advantage is spread over tokens.")
+    uncertainty: Literal["auto", "entropy", "surprisal", "variance"] = Field(
+        default="auto",
+        description="Uncertainty of a token: entropy of the full distribution, -log p, or p(1-p). `auto` is entropy "
+        "where backend and engine give it, else surprisal; the run says which.",
+    )
+    skip_uniform_groups: bool = Field(
+        default=True, description="Drop groups whose rewards are all equal; they carry no gradient."
+    )
+    dynamic_sampling: bool = Field(
+        default=False,
+        description="Sample further prompts until `batch_size` groups with unequal rewards are there (DAPO).",
+    )
+    max_resample_rounds: int = Field(default=3, ge=1, description="Most extra rounds of `dynamic_sampling`.")
+    overlong_buffer: int = Field(
+        default=0,
+        ge=0,
+        description="Tokens before `max_tokens` in which a growing penalty (down to -1) is added to the reward (DAPO). "
+        "0 = no penalty.",
+    )
+
+
+class LossConfig(Section):
+    """The policy loss of one optimizer step."""
+
+    kind: Literal["importance_sampling", "ppo", "cispo", "gspo"] = Field(
+        default="importance_sampling", description="Policy loss."
+    )
+    clip_low: float = Field(
+        default_factory=_clip_default(0),
+        ge=0,
+        lt=1,
+        description="The ratio is clipped below at 1 - clip_low. Default 3e-4 with kind `gspo`.",
+        json_schema_extra={"default": CLIP["ppo"][0]},
+    )
+    clip_high: float = Field(
+        default_factory=_clip_default(1),
+        ge=0,
+        description="The ratio is clipped above at 1 + clip_high. Default 4e-4 with kind `gspo`.",
+        json_schema_extra={"default": CLIP["ppo"][1]},
+    )
+    dual_clip: float = Field(default=0.0, ge=0, description="Bound c > 1 of the `ppo` loss where A < 0. 0 = off.")
+    aggregation: Literal["token_mean", "seq_mean", "constant"] = Field(
+        default="token_mean",
+        description="Mean over all tokens of the optimizer step, mean over completions of token means, or sum / "
+        "(completions * max_tokens).",
+    )
+    kl_coef: float = Field(default=0.0, ge=0, description="Weight of the KL to the base model. 0 = no reference pass.")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(default="k3", description="Estimator of the KL to the base model.")
+    entropy_coef: float = Field(default=0.0, ge=0, description="Weight of the entropy bonus.")
+    old_logprobs: Literal["sampler", "recompute"] = Field(
+        default="sampler", description="Denominator of the ratio: what the sampler reported, or a pass of the trainer."
+    )
+    mismatch_correction: Literal["none", "token", "sequence", "mask"] = Field(
+        default="none",
+        description="Correction for sampler and trainer disagreeing, with old_logprobs `recompute`: truncated weight "
+        "per token or per sequence, or dropping tokens above the cap.",
+    )
+    mismatch_cap: float = Field(default=2.0, gt=0, description="Cap of `mismatch_correction`.")
+    epochs: int = Field(default=1, ge=1, description="Passes over each sampled batch.")
+    minibatches: int = Field(default=1, ge=1, description="Optimizer steps per pass over a sampled batch.")
+
+
+class TrainingConfig(Section):
+    """The loop: how long, how much per step, how fast."""
+
+    seed: int = Field(default=-1, ge=-1, le=MAX_SEED, description="Seed of every random stream. -1 = no seed.")
+    max_steps: int = Field(default=500, ge=1, description="Training steps.")
+    batch_size: int = Field(default=8, ge=1, description="Prompts per step.")
+    group_size: int = Field(default=16, ge=1, description="Completions sampled per prompt.")
+    max_tokens: int = Field(default=2048, ge=1, description="Most new tokens of a completion.")
+    temperature: float = Field(default=0.7, gt=0, description="Sampling temperature.")
+    lr: float = Field(default=4e-5, ge=0, description="Learning rate.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of AdamW.")
+    max_examples: int = Field(default=0, ge=0, description="Limit of the dataset. 0 = use all.")
+    save_every: int = Field(default=20, ge=1, description="Steps between checkpoints.")
+    micro_batch_tokens: int = Field(default=16384, ge=1, description="Most tokens of one forward and backward pass.")
+    gradient_checkpointing: bool = Field(default=True, description="Recompute activations instead of storing them.")
+    max_grad_norm: float = Field(default=1.0, ge=0, description="Gradients are cut to this norm. 0 = no clipping.")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="Course of the learning rate after warm-up; linear and cosine end at 0."
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="Steps over which the learning rate rises linearly from 0.")
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="Number format of the base model. `auto` is bf16 on a GPU, else fp32."
+    )
+    max_prompt_tokens: int = Field(default=0, ge=0, description="Longer prompts are left out of the data. 0 = no cap.")
+    keep_checkpoints: int = Field(default=3, ge=0, description="Newest checkpoints that are kept. 0 = all.")
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the first moment.")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="Decay of the second moment.")
+    eps: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment.")
+
+
+class LoraConfig(Section):
+    """The LoRA adapter; its rank is `[model] lora_rank`."""
+
+    alpha: int = Field(default=0, ge=0, description="LoRA alpha. 0 = twice the rank.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout before the adapter.")
+    target_modules: TargetModules = Field(
+        default="all-linear", description="Modules that get an adapter: `all-linear` or a list of names."
+    )
+    use_rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead of alpha / rank.")
+
+    def alpha_for(self, rank: int) -> int:
+        """The alpha in effect for an adapter of this rank."""
+        return self.alpha or 2 * rank
+
+
+class DataConfig(Section):
+    """Where prompts come from; ignored when `[environment]` is set."""
+
+    source: Source = Field(
+        default="math",
+        description="Built-in source (`math`, `gsm8k`, `arithmetic`, `arithmetic:words`, `reasoning_gym:TASK`), a file "
+        "(.jsonl, .json, .csv, .parquet), a hub dataset id, or the dotted path of a function that returns examples.",
+    )
+    prompt_field: str = Field(default="prompt", min_length=1, description="Field of a record that holds the prompt.")
+    reference_field: str = Field(default="reference", min_length=1, description="Field that holds the reference.")
+    split: str = Field(default="train", min_length=1, description="Split of a hub dataset.")
+    shuffle: bool = Field(default=True, description="Shuffle the examples anew in each epoch, by the seed.")
+    eval_fraction: float = Field(default=0.0, ge=0, lt=1, description="Share of the examples held out for evaluation.")
+
+
+class EvalConfig(Section):
+    """Evaluation on held-out examples, during training and by `retrain eval`."""
+
+    every: int = Field(default=0, ge=0, description="Steps between evaluations. 0 = none during training.")
+    examples: int = Field(default=64, ge=1, description="Most examples evaluated.")
+    samples: int = Field(default=1, ge=1, description="Completions per example.")
+    temperature: float = Field(default=0.0, ge=0, description="Sampling temperature. 0 = greedy.")
+
+
+class EnvironmentConfig(Section):
+    """An environment that provides prompts, turns and rewards."""
+
+    provider: Literal["", "verifiers"] = Field(default="", description="Environment provider. Empty = none.")
+    id: str = Field(default="", description="Environment id, as in `primeintellect/gsm8k`.")
+    args: Table = Field(default_factory=dict, description="Keyword arguments: a table, or a JSON string.")
+    max_turns: int = Field(default=-1, ge=-1, description="Most turns of an episode. -1 = as the environment has it.")
+    auto_install: bool = Field(default=False, description="Install a missing Prime Hub environment before loading it.")
+
+
+class PlanningConfig(Section):
+    """Which tokens plan."""
+
+    detector: Literal["regex", "semantic"] = Field(default="regex", description="Detector of planning tokens.")
+    model: str = Field(default="all-MiniLM-L6-v2", min_length=1, description="Encoder of the semantic detector.")
+    threshold: float = Field(default=0.02, ge=-2, le=2, description="Threshold of the semantic detector.")
+
+
+class GtpoConfig(Section):
+    """Uncertainty weights of tokens."""
+
+    beta: float = Field(default=0.1, ge=0, description="Strength of the uncertainty weights. 0 = off.")
+
+
+class HicraConfig(Section):
+    """Amplification of planning tokens."""
+
+    alpha: float = Field(default=0.2, ge=0, description="Amplification of planning tokens. 0 = off.")
+
+
+class SepaConfig(Section):
+    """Pooling of the uncertainty of execution tokens, and its schedule."""
+
+    steps: int = Field(default=500, ge=0, description="Steps of the linear ramp. 0 = the linear schedule stays at 0.")
+    schedule: Literal["linear", "auto"] = Field(
+        default="linear",
+        description="`linear` ramps from 0 to 1; `auto` also follows the decay of uncertainty variance.",
+    )
+    delay_steps: int = Field(default=50, ge=0, description="Steps before the ramp begins.")
+    correct_rate_gate: float = Field(
+        default=0.1, ge=0, le=1, description="Correct rate of a batch that opens the gate, for good. 0 = always open."
+    )
+    ema_decay: float = Field(default=0.99, ge=0, lt=1, description="Decay of the average variance (schedule `auto`).")
+    variance_threshold: float = Field(
+        default=0.2, gt=0, description="Ratio to the first variance below which `auto` starts to pool."
+    )
+    warmup: int = Field(default=50, ge=1, description="Updates before the first variance is taken.")
+
+
+class InferenceConfig(Section):
+    """How completions are sampled."""
+
+    engine: Literal["pytorch", "max", "vllm", "sglang", "mlx", "openai"] = Field(
+        default="pytorch", description="Inference engine: in this process, or a server."
+    )
+    url: str = Field(default="", description="URL of the server (engines other than `pytorch`).")
+    attention_kernel: Literal["default", "flash", "triton", "tk", "cutlass"] = Field(
+        default="default", description="Attention implementation."
+    )
+    dtype: Literal["auto", "bf16", "fp8", "fp4"] = Field(default="auto", description="Number format of the weights.")
+    kv_cache_dtype: Literal["auto", "bf16", "fp8", "int8"] = Field(
+        default="auto", description="Number format of the KV cache."
+    )
+    prefix_caching: bool = Field(default=True, description="Compute a prompt's KV cache once per group.")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling. 1 = off, as training needs it.")
+    top_k: int = Field(
+        default=0, ge=0, description="Sample among the k most probable tokens. 0 = off, as training needs it."
+    )
+    max_logprob_gap: float = Field(
+        default=0.0,
+        ge=0,
+        description="The run stops where sampler and trainer disagree about a token's log-probability by more. "
+        "0 = only report.",
+    )
+    request_timeout_s: float = Field(
+        default=600.0, gt=0, description="Seconds until a request to a server is given up."
+    )
+    retries: int = Field(default=5, ge=0, description="Further attempts after a failed request to a server.")
+
+
+class RewardConfig(Section):
+    """How completions are judged."""
+
+    type: Literal["match", "math", "judge", "custom"] = Field(
+        default="match",
+        description="`match` compares the last \\boxed{} with the reference, `math` compares symbolically, `judge` "
+        "asks a model, `custom` calls a function.",
+    )
+    judge_model: str = Field(default="", description="Model of the judge, as in `gpt-4o-mini`.")
+    custom_module: str = Field(default="", description="Module of the custom reward.")
+    custom_function: str = Field(
+        default="score", min_length=1, description="Function of the custom reward: score(response, reference) -> float."
+    )
+
+
+class BackpressureConfig(Section):
+    """Adaptive batch size by the Universal Scalability Law."""
+
+    enabled: bool = Field(default=False, description="Adapt the batch size to the measured throughput.")
+    warmup_steps: int = Field(default=10, ge=1, description="Steps that try growing batch sizes before the first fit.")
+    ema_decay: float = Field(default=0.9, ge=0, lt=1, description="Decay of the average throughput.")
+    throttle_margin: float = Field(default=0.85, gt=0, le=1, description="Target share of the optimal concurrency.")
+    increase_margin: float = Field(
+        default=0.5, ge=0, le=1, description="Share of the target below which the batch grows."
+    )
+    min_batch_size: int = Field(default=1, ge=1, description="Smallest batch size.")
+    max_batch_size: int = Field(default=64, ge=1, description="Largest batch size.")
+    peak_gflops: float = Field(default=0.0, ge=0, description="Peak GFLOPS of the hardware. 0 = no roofline hints.")
+    peak_bw_gb_s: float = Field(default=0.0, ge=0, description="Peak memory bandwidth in GB/s. 0 = no roofline hints.")
+
+
+class SqueezeConfig(Section):
+    """Rank analysis and compression of an adapter; in a campaign, of the first finished run's."""
+
+    min_variance_retention: float = Field(
+        default=0.95, gt=0, le=1, description="Share of variance that a rank must retain."
+    )
+    adapter_path: str = Field(default="", description="Adapter folder. Needed on its own, filled in by a campaign.")
+    source_rank: int = Field(default=0, ge=0, description="Rank of the adapter. 0 = as `[model] lora_rank` says.")
+    target_ranks: IntList = Field(default=(), description="Ranks that are tried. Empty = powers of two.")
+    output_path: str = Field(default="", description="Folder for the compressed adapter. Empty = no compression.")
+    compress_to: int = Field(default=0, ge=0, description="Rank of the compressed adapter. 0 = the recommended one.")
+    device: str = Field(default="cpu", min_length=1, description="Torch device of the computation.")
+
+
+class ResumeConfig(Section):
+    """Going on with an earlier run."""
+
+    from_: str = Field(default="", alias="from", description="Run folder that holds trainer_state.json.")
+
+
+class LoggingConfig(Section):
+    """What a run leaves behind."""
+
+    log_dir: str = Field(
+        default="logs/train", min_length=1, description="Run folder: metrics, generations, checkpoints."
+    )
+    wandb_project: str = Field(default="", description="wandb project. Empty = no wandb.")
+    wandb_run_name: str = Field(default="", description="wandb run name. Empty = advantage_mode+transform_mode.")
+    wandb_entity: str = Field(default="", description="wandb entity or team.")
+    wandb_group: str = Field(default="", description="wandb group.")
+    wandb_tags: str = Field(default="", description="Comma-separated wandb tags.")
+    strategic_grams: str = Field(
+        default="",
+        description="Phrases that mark planning, as a JSON array or comma-separated. Empty = the built-in ones.",
+    )
+
+
+class ConditionConfig(Section):
+    """One condition of a campaign; what it leaves out is as in the rest of the file."""
+
+    name: ConditionName = Field(default="", description="Name of the condition. Empty = advantage_mode+transform_mode.")
+    advantage_mode: AdvantageMode | None = Field(default=None, description="As in `[algorithm]`.")
+    transform_mode: TransformMode | None = Field(default=None, description="As in `[algorithm]`.")
+    overrides: Overrides = Field(default_factory=dict, description='Any other keys, as in "training.lr" = 1e-5.')
+
+
+class CampaignConfig(Section):
+    """Many runs from one file: every condition with every seed."""
+
+    seeds: IntList = Field(
+        default=(42, 101, 202, 303, 404, 505, 606, 707), description="Seeds; every condition runs with each of them."
+    )
+    max_steps: int = Field(default=0, ge=0, description="Steps of each run. 0 = as `[training] max_steps`.")
+    parallel: bool = Field(default=False, description="Run several at a time, each in its own process.")
+    max_workers: int = Field(default=0, ge=0, description="Most runs at a time. 0 = as many as fit.")
+    stagger_seconds: float = Field(default=0.0, ge=0, description="Seconds between the starts of two runs.")
+    executor: Literal["local", "ray"] = Field(default="local", description="Where the runs are executed.")
+    ray_address: str = Field(default="", description="Address of the Ray cluster (executor `ray`).")
+    conditions: Annotated[tuple[ConditionConfig, ...], from_array] = Field(
+        default=(), description="Conditions, as `[[campaign.conditions]]` tables. Empty = the five-step ablation."
+    )

@@ -1,0 +1,105 @@
+"""The terminal view of a run: a live panel on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+COMPLETION_CHARACTERS = 400
+
+
+class ConsoleObserver:
+    """See `retrain.training.loop.Observer`. Use as a context manager, so that the live panel is taken down."""
+
+    def __init__(self, max_steps: int, *, console: Console | None = None) -> None:
+        self.max_steps = max_steps
+        self.console = console or Console(file=sys.stdout, highlight=False)
+        self._began = time.monotonic()
+        self._first_step: int | None = None
+        self._live = Live(console=self.console, refresh_per_second=4) if self.console.is_terminal else None
+
+    def __enter__(self) -> ConsoleObserver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False, soft_wrap=True)
+
+    def on_step(self, metrics: dict[str, Any], generations: list[dict[str, Any]]) -> None:
+        if self._first_step is None:
+            self._first_step = metrics["step"] - 1
+            self._began = time.monotonic() - metrics["step_time_s"]
+        if self._live is None:
+            self.console.print(self._line(metrics), markup=False, soft_wrap=True)
+            return
+        if not self._live.is_started:
+            self._live.start()
+        self._live.update(self._panel(metrics, generations[-1] if generations else None))
+
+    def seconds_left(self, step: int) -> float:
+        assert self._first_step is not None
+        return (time.monotonic() - self._began) / (step - self._first_step) * (self.max_steps - step)
+
+    def _line(self, metrics: dict[str, Any]) -> str:
+        parts = [
+            f"step {metrics['step']:>{len(str(self.max_steps))}}/{self.max_steps}",
+            f"correct {percent(metrics['correct_rate'])}",
+            f"(last 10: {percent(metrics['running_correct_rate'])})",
+            f"reward {number(metrics['mean_reward'])}",
+            f"loss {number(metrics['loss'])}",
+            f"entropy {number(metrics['entropy_mean'])}",
+            f"{metrics['tokens_per_s']:.0f} tok/s",
+            f"{clock(self.seconds_left(metrics['step']))} left",
+        ]
+        if metrics["reward_errors"]:
+            parts.append(f"{metrics['reward_errors']} reward errors")
+        if metrics["eval_correct_rate"] is not None:
+            parts.append(f"eval {percent(metrics['eval_correct_rate'])}")
+        return "  ".join(parts)
+
+    def _panel(self, metrics: dict[str, Any], sample: dict[str, Any] | None) -> Panel:
+        facts = Table.grid(padding=(0, 3))
+        facts.add_row(
+            f"correct [bold]{percent(metrics['correct_rate'])}[/]",
+            f"last 10 [bold]{percent(metrics['running_correct_rate'])}[/]",
+            f"reward {number(metrics['mean_reward'])}",
+            f"loss {number(metrics['loss'])}",
+            f"entropy {number(metrics['entropy_mean'])}",
+            f"{metrics['tokens_per_s']:.0f} tok/s",
+        )
+        parts: list[Any] = [ProgressBar(total=self.max_steps, completed=metrics["step"]), facts]
+        if metrics["reward_errors"]:
+            parts.append(Text(f"{metrics['reward_errors']} rewards could not be computed", style="red"))
+        if sample is not None:
+            style = "green" if (sample["reward"] or 0) > 0.5 else "red"
+            parts += [
+                Text(sample["prompt"][-COMPLETION_CHARACTERS:], style="dim"),
+                Text(sample["completion"][:COMPLETION_CHARACTERS], style=style),
+            ]
+        left = clock(self.seconds_left(metrics["step"]))
+        return Panel(Group(*parts), title=f"step {metrics['step']}/{self.max_steps}, {left} left", title_align="left")
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}%"
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

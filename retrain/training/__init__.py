@@ -1,0 +1,11 @@
+"""The training loop and the run folder it writes.
+
+run.py          a run from its config to its end: `train`
+loop.py         the loop
+collect.py      prompts -> scored groups;  batching.py  scored groups -> batch
+evaluate.py     pass@k on held-out examples
+checkpoint.py   what a run can go on from;  durable.py  writes that survive a crash
+folder.py       the run folder;  metrics.py, metadata.py, records.py  what is in it
+
+Imports nothing here, so that a run folder can be read without torch.
+"""

@@ -1,0 +1,96 @@
+"""metadata.json: what ran, where, on what, from when to when."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retrain.training import durable
+from retrain.training.folder import METADATA
+
+PACKAGES = ("retrain", "torch", "transformers", "peft", "safetensors", "numpy", "math-verify", "triton")
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that retrain runs from, "-dirty" where it differs; None for an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+class Metadata:
+    """The file's content; a resumed run adds a session to those that are there."""
+
+    def __init__(self, log_dir: Path, facts: dict[str, Any], *, from_step: int, resumed: dict[str, Any] | None) -> None:
+        self.path = log_dir / METADATA
+        earlier = json.loads(self.path.read_bytes()) if self.path.exists() else {}
+        session: dict[str, Any] = {
+            "command": sys.argv,
+            "pid": os.getpid(),
+            "start": now(),
+            "end": None,
+            "from_step": from_step,
+            "to_step": None,
+            "status": "running",
+            "resumed": resumed,
+        }
+        self.session = session
+        self.content = {
+            **facts,
+            "git_commit": git_commit(),
+            "versions": versions(),
+            "hardware": hardware(),
+            "start": earlier.get("start", session["start"]),
+            "end": None,
+            "sessions": [*earlier.get("sessions", []), session],
+        }
+        self.write()
+
+    def close(self, *, step: int, status: str) -> None:
+        """status: finished, interrupted or failed."""
+        self.session.update(end=now(), to_step=step, status=status)
+        self.content["end"] = self.session["end"]
+        self.write()
+
+    def write(self) -> None:
+        durable.write_json(self.path, self.content)

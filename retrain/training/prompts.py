@@ -1,0 +1,53 @@
+"""Examples to prompt tokens, and the check that every one of them fits the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from retrain.types import ConfigError, Example
+
+
+def encode_prompts(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    *,
+    context: int,
+    max_tokens: int,
+    max_prompt_tokens: int,
+    say: Callable[[str], None],
+) -> tuple[list[Example], list[np.ndarray]]:
+    """Templated prompts as int64 token ids, for the examples that `max_prompt_tokens` (0 = no cap) admits.
+
+    Uses the tokenizer's chat template (one user turn, generation prompt added) where it has one, else the plain text.
+    Raises ConfigError when a prompt and `max_tokens` do not fit the model's context, or when none is left.
+    """
+    if not examples:
+        return [], []
+    if tokenizer.chat_template:
+        turns = [[{"role": "user", "content": example.prompt}] for example in examples]
+        texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    else:
+        texts = [example.prompt for example in examples]
+    encoded = tokenizer(texts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+    kept = [
+        (example, np.array(ids, dtype=np.int64))
+        for example, ids in zip(examples, encoded, strict=True)
+        if not max_prompt_tokens or len(ids) <= max_prompt_tokens
+    ]
+    if len(kept) < len(examples):
+        say(f"{len(examples) - len(kept)} of {len(examples)} examples are longer than training.max_prompt_tokens")
+    if not kept:
+        raise ConfigError(f"every prompt is longer than training.max_prompt_tokens = {max_prompt_tokens}; raise it")
+    for example, ids in kept:
+        if len(ids) + max_tokens > context:
+            raise ConfigError(
+                f"a prompt of {len(ids)} tokens and training.max_tokens = {max_tokens} do not fit the model's context "
+                f"of {context}: lower training.max_tokens, or leave such prompts out with training.max_prompt_tokens = "
+                f'{max(context - max_tokens, 0)}. It begins "{example.prompt[:60]}"'
+            )
+        if len(ids) == 0:
+            raise ConfigError(f'the prompt "{example.prompt[:60]}" has no tokens; the model needs at least one')
+    return [example for example, _ in kept], [ids for _, ids in kept]

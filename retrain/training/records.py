@@ -1,0 +1,30 @@
+"""Reading a run's records without reading all of them. Torch-free."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+_CHUNK = 65536
+
+
+def last_row(path: Path) -> dict[str, Any] | None:
+    """The last complete line of a JSONL file, read from its end; None for a missing or empty file."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        end = file.seek(0, 2)
+        tail = b""
+        while end > 0:
+            start = max(0, end - _CHUNK)
+            file.seek(start)
+            tail = file.read(end - start) + tail
+            end = start
+            lines = [line for line in tail.split(b"\n")[(1 if start else 0) :] if line.strip()]
+            for line in reversed(lines):
+                try:
+                    return json.loads(line)
+                except ValueError:
+                    continue  # the line that is being written, or that a crash cut short
+    return None
