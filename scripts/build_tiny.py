@@ -6,7 +6,6 @@ Deterministic for a given machine and torch build, under ten minutes on two core
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -162,7 +161,7 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         for file in sorted(Path(scratch).iterdir()):
-            os.replace(file, folder / file.name)
+            file.replace(folder / file.name)
 
 
 def main() -> None:

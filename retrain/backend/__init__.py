@@ -30,6 +30,10 @@ class Backend(Protocol):
         """Write a plain PEFT adapter."""
         ...
 
+    def load_adapter(self, folder: Path) -> None:
+        """Take up the adapter that `save_adapter` wrote."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write everything a resumed run needs: adapter, optimizer, random streams."""
         ...

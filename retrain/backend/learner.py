@@ -111,8 +111,7 @@ class Learner:
                 "the gradient is not finite; no update was made. Lower training.lr or loss.clip_high, or train in fp32"
             )
         self.optimizer.step()
-        tokens = sum(len(rollout.tokens_T) for rollout in rollouts)
-        return {key: value.item() for key, value in sums.items()} | {"grad_norm": norm, "tokens": tokens}, records
+        return {key: value.item() for key, value in sums.items()} | {"grad_norm": norm}, records
 
     def _forward(
         self, micro: MicroBatch, sepa_lambda: float, denominator: float, old: dict[int, Tensor] | None
@@ -251,7 +250,7 @@ def _combine(updates: Sequence[dict[str, float]]) -> dict[str, float | None]:
         "loss": sum(update["loss"] for update in updates) / len(updates),
         "grad_norm": sum(update["grad_norm"] for update in updates) / len(updates),
         "ratio_mean": sum(update["ratio_sum"] for update in updates) / tokens,
-        "clip_fraction": sum(update["clip_sum"] for update in updates) / tokens,
+        "clip_fraction": sum(update["clipped_sum"] for update in updates) / tokens,
         "ref_kl": sum(update["ref_kl_sum"] for update in updates) / tokens if "ref_kl_sum" in updates[0] else None,
     }
 

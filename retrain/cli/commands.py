@@ -33,6 +33,11 @@ class Command:
     def module(self) -> str:
         return f"retrain.cli.{self.name}"
 
+    @property
+    def spoken(self) -> str:
+        """How it is called: training has no word of its own."""
+        return "retrain" if self.name == "train" else f"retrain {self.name}"
+
 
 JSON = Option("--json", "Print one JSON object instead of text.")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,45 +72,115 @@ def parse(argv: Sequence[str], name: str = "train") -> Parsed:
     overrides: dict[str, Any] = {}
     positionals: list[str] = []
     given: dict[str, str] = {}
-    words = iter(_Words(argv))
-    for word in words:
+    words = deque(argv)
+    while words:
+        word = words.popleft()
         if word == "--":
             positionals.extend(words)
-        elif not _is_flag(word):
+            break
+        if not _is_flag(word):
             positionals.append(word)
-        else:
-            flag, equals, text = word.partition("=")
-            target, value = _setting(flag, text if equals else None, words, entry)
-            if target in given:
-                twice = "" if given[target] == flag else f" (first as {given[target]})"
-                raise ConfigError(f"{flag}: given twice{twice}; give it once")
-            given[target] = flag
-            (overrides if target in KEYS else options)[target] = value
+            continue
+        flag, equals, text = word.partition("=")
+        target, value = _setting(flag, text if equals else None, words, entry)
+        if target in given:
+            twice = "" if given[target] == flag else f" (first as {given[target]})"
+            raise ConfigError(f"{flag}: given twice{twice}; give it once")
+        given[target] = flag
+        (overrides if target in KEYS else options)[target] = value
     _check_positionals(positionals, entry)
     return Parsed(tuple(positionals), overrides, options)
 
 
-class _Words:
-    """The arguments one by one, with a look at the next."""
-
-    def __init__(self, argv: Sequence[str]) -> None:
-        self._argv, self._next = list(argv), 0
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        if self._next == len(self._argv):
-            raise StopIteration
-        self._next += 1
-        return self._argv[self._next - 1]
-
-    def take_value(self, flag: str, expected: str) -> str:
-        word = next(self, None)
-        if word is None or word.startswith("--"):
-            raise ConfigError(f"{flag}: needs a value: {expected}")
-        return word
-
-
 def _is_flag(word: str) -> bool:
     return word.startswith("-") and len(word) > 1
+
+
+def _setting(flag: str, text: str | None, words: deque[str], entry: Command) -> tuple[str, Any]:
+    """What a flag sets (a key's path, or an option's name) and to which value; `words` are the arguments after it."""
+    option = next((option for option in entry.options if option.flag == flag), None)
+    if option is not None:
+        return option.name, _option_value(option, text, words)
+    if entry.config_flags and flag in NEGATIVE:
+        if text is not None:
+            raise ConfigError(f"{flag}: takes no value")
+        return NEGATIVE[flag].path, False
+    if not entry.config_flags or flag not in FLAGS:
+        raise ConfigError(f"{flag}: unknown flag{_hint(flag, entry)}")
+    key = FLAGS[flag]
+    if key.type == "bool" and text is None:
+        return key.path, True
+    value = _take_value(flag, placeholder(key), words) if text is None else text
+    return key.path, _convert(flag, key, value)
+
+
+def _option_value(option: Option, text: str | None, words: deque[str]) -> Any:
+    if option.metavar:
+        return _take_value(option.flag, option.metavar, words) if text is None else text
+    if text is not None:
+        raise ConfigError(f"{option.flag}: takes no value")
+    return True
+
+
+def _take_value(flag: str, expected: str, words: deque[str]) -> str:
+    if not words or words[0].startswith("--"):
+        raise ConfigError(f"{flag}: needs a value, {expected}")
+    return words.popleft()
+
+
+def placeholder(key: Key) -> str:
+    """What the value of a key's flag looks like, for help and messages; empty for a switch."""
+    if key.choices:
+        return "|".join(choice or '""' for choice in key.choices)
+    if key.type == "bool":
+        return ""
+    names = {
+        "int": "INT",
+        "float": "NUMBER",
+        "str": "TEXT",
+        "list[int]": "INT,INT,...",
+        "str / list[str]": "NAME,NAME,...",
+    }
+    return names.get(key.type, "JSON")
+
+
+def _convert(flag: str, key: Key, text: str) -> Any:
+    """The value that a flag's text stands for, in the type that TOML would give; ranges are the schema's matter."""
+    try:
+        match key.type:
+            case "bool":
+                return {"true": True, "false": False}[text.lower()]
+            case "int":
+                return int(text)
+            case "float":
+                return float(text)
+            case "list[int]":
+                return [int(part) for part in text.split(",")] if text else []
+            case "list[table]":
+                return json.loads(text)
+            case "str / list[str]" if text != key.default:
+                return [part.strip() for part in text.split(",")]
+    except (ValueError, KeyError):
+        expected = {"bool": "true or false", "int": "an integer", "float": "a number", "list[table]": "JSON"}
+        raise ConfigError(f"{flag} {text}: must be {expected.get(key.type, 'integers, as in 4,8')}") from None
+    return text
+
+
+def _hint(flag: str, entry: Command) -> str:
+    """The nearest flag of the command; for a name that several sections share, all of its flags."""
+    sharing = [main_flag(key) for key in KEYS.values() if f"--{_kebab(key.name)}" == flag]
+    if sharing and entry.config_flags:
+        return f"; write {' or '.join(sharing)}"
+    own = [option.flag for option in (*entry.options, *EVERYWHERE)]
+    known = [*own, *FLAGS, *NEGATIVE] if entry.config_flags else own
+    return did_you_mean(flag, known, "{}") or f"; see `{entry.spoken} --help`"
+
+
+def _check_positionals(positionals: list[str], entry: Command) -> None:
+    if len(positionals) <= entry.positionals:
+        return
+    near = nearest(positionals[0], COMMANDS) if entry.name not in COMMANDS else None
+    if near is not None:
+        raise ConfigError(f'"{positionals[0]}": unknown command; did you mean `retrain {near}`?')
+    extra = positionals[entry.positionals]
+    raise ConfigError(f'"{extra}": one argument too many; the usage is: {entry.spoken} {entry.usage}')

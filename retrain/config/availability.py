@@ -6,6 +6,7 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
 
+from retrain.config.campaign import run_kind
 from retrain.config.fields import source_kind
 from retrain.config.schema import Config, changed
 from retrain.config.show import show_key
@@ -48,6 +49,8 @@ SOME_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 def unavailable(config: Config) -> list[str]:
     """One line for each setting whose capability is not there yet."""
+    if run_kind(config) == "squeeze":
+        return ["[squeeze]: a standalone squeeze is not available yet; add a [training] section to train"]
     lines = []
     for path, value in changed(config).items():
         hint = next((hint for pattern, hint in NOT_YET.items() if fnmatchcase(path, pattern)), None)

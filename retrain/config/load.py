@@ -53,7 +53,7 @@ def find_line(text: str, section: str, key: str = "") -> int | None:
 
     A scan of headers and assignments, good for pointing a reader to the place.
     """
-    assignment = re.compile(rf"""\s*["']?{re.escape(key)}["']?\s*=""")
+    assignment = re.compile(rf"""\s*["']?{re.escape(key)}["']?\s*[=.]""")
     dotted = re.compile(rf"\s*{re.escape(section)}\s*\.\s*{re.escape(key)}\s*=")
     current = ""
     for number, line in enumerate(text.splitlines(), start=1):

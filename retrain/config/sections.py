@@ -72,8 +72,12 @@ class ModelConfig(Section):
 class AlgorithmConfig(Section):
     """How rewards become advantages of tokens, and which groups are trained on."""
 
-    advantage_mode: AdvantageMode = Field(default="maxrl", description="Advantage of a completion within its group.")
-    transform_mode: TransformMode = Field(default="gtpo_sepa", description="How an advantage is spread over tokens.")
+    advantage_mode: AdvantageMode = Field(
+        default="maxrl", description="Advantage of a completion in its group; or a plug-in."
+    )
+    transform_mode: TransformMode = Field(
+        default="gtpo_sepa", description="How an advantage is spread over tokens; or a plug-in."
+    )
     uncertainty: Literal["auto", "entropy", "surprisal", "variance"] = Field(
         default="auto",
         description="Uncertainty of a token: entropy of the full distribution, -log p, or p(1-p). `auto` is entropy "

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from retrain.planning.offsets import TokenOffsets
-from retrain.planning.regex import DEFAULT_GRAMS, check_grams, compile_grams, occurrences, parse_grams
+from retrain.planning.regex import check_grams, compile_grams, occurrences, parse_grams
 from retrain.types import ConfigError
 
 __all__ = ["Detector", "detect", "open_detector"]
@@ -18,14 +18,15 @@ Detector = Callable[[np.ndarray], np.ndarray]
 
 
 def detect(
-    kind: str, token_ids: Sequence[int] | np.ndarray, tokenizer: Any, grams: Sequence[str] | None = None
+    kind: str, token_ids: Sequence[int] | np.ndarray, tokenizer: Any, grams: Sequence[str] | str | None = None
 ) -> np.ndarray:
     """Which tokens plan, bool [T]. The same code as in a run; for many completions open a detector once.
 
-    kind: "regex". token_ids: one completion. tokenizer: a transformers tokenizer. grams: None for the default ones.
+    kind: "regex". token_ids: one completion. tokenizer: a transformers tokenizer. grams: the phrases, as a sequence or
+    written as in `[logging] strategic_grams`; None for the default ones.
     Raises ConfigError for an unusable kind or gram.
     """
-    chosen = DEFAULT_GRAMS if grams is None else check_grams(grams)
+    chosen = parse_grams(grams or "") if grams is None or isinstance(grams, str) else check_grams(grams)
     return _open(kind, tokenizer, chosen)(np.asarray(token_ids, dtype=np.int64))
 
 

@@ -66,8 +66,8 @@ class TokenOffsets:
             special = i in self._special
             self._pieces[i] = _Piece(b"") if special else self._piece(self._tokenizer.convert_ids_to_tokens(i))
         contributions = [self._pieces[i].data for i in token_ids]
-        # Special tokens are taken out before anything is joined: they do not end a run of byte tokens.
-        contributing = [t for t, i in enumerate(token_ids) if i not in self._special]
+        # Special tokens and ids beyond the vocabulary are taken out before decoding: they end no run of byte tokens.
+        contributing = [t for t, data in enumerate(contributions) if data]
         for byte_token, run in groupby(contributing, key=lambda t: self._pieces[token_ids[t]].byte_token):
             if byte_token:
                 positions = list(run)
@@ -79,14 +79,15 @@ class TokenOffsets:
         """Spans for any decoder, by decoding every prefix: quadratic time.
 
         A character counts as finished by the first prefix from which on it stays; replacement characters at the end of
-        a prefix are unfinished ones. Next to undecodable bytes a span may hold a replacement character too many.
+        a prefix are unfinished ones. Such spans may hold a replacement character or a leading space too many.
         """
         prefixes = [self.text(token_ids[:t]) for t in range(len(token_ids))]
         agreed = [_agreement(prefix.rstrip(_REPLACEMENT), text) for prefix in prefixes] + [len(text)]
         finished = np.minimum.accumulate(agreed[::-1])[::-1].astype(np.int64)
         spans = np.stack([finished[:-1], finished[1:]], axis=1)
         for t, (start, end) in enumerate(spans):
-            if start == end and self.text(token_ids[t : t + 1]):  # part of the character that comes next
+            without = token_ids[:t] + token_ids[t + 1 :]
+            if start == end and self.text(without) != text:  # it is part of the character that comes next
                 spans[t, 1] = min(start + 1, len(text))
         return spans
 

@@ -32,7 +32,7 @@ DEFAULT_GRAMS = (
 
 _KEY = "logging.strategic_grams"
 _EXAMPLE = """write strategic_grams = 'let me check, start over' or '["let me check", "start over"]'"""
-_APOSTROPHES = "'\N{LEFT SINGLE QUOTATION MARK}\N{RIGHT SINGLE QUOTATION MARK}\N{MODIFIER LETTER APOSTROPHE}\N{FULLWIDTH APOSTROPHE}"
+_APOSTROPHES = "'\u2018\u2019\u02bc\uff07"  # straight, curly left and right, modifier letter, full width
 
 
 def parse_grams(text: str) -> tuple[str, ...]:
@@ -48,7 +48,7 @@ def parse_grams(text: str) -> tuple[str, ...]:
 
 def check_grams(grams: Iterable[object]) -> tuple[str, ...]:
     """The grams as given, or ConfigError where there are none or one is no phrase that could occur in a text."""
-    checked = (grams,) if isinstance(grams, str) else tuple(grams)
+    checked = tuple(grams)
     if not checked:
         raise ConfigError(f"{_KEY}: names no gram; {_EXAMPLE}, or leave it empty for the default ones")
     for gram in checked:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,3 +29,15 @@ def last_row(path: Path) -> dict[str, Any] | None:
                 except ValueError:
                     continue  # the line that is being written, or that a crash cut short
     return None
+
+
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a JSONL file, without one that a crash cut short at its end."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,6 +190,50 @@ def _finish(run: Run, metadata: Metadata) -> TrainResult:
 
 def resume_hint(log_dir: Path) -> str:
     return f"Go on with: retrain {log_dir / CONFIG} --resume {log_dir}"
+
+
+def evaluate_adapter(config: Config, adapter: Path | None, *, say: Callable[[str], None]) -> Evaluation:
+    """`[eval]` on the held-out examples of `config`, with the adapter in a folder or (None) the base model alone.
+
+    Raises ConfigError where nothing is held out, RetrainError where the adapter is not for this model.
+    """
+    seed = max(config.training.seed, 0)
+    dataset = data.load(config.data)
+    if not dataset.eval:
+        raise ConfigError("there are no held-out examples to evaluate on: set data.eval_fraction, such as 0.1")
+    backend = open_backend(_shaped_like(config, adapter), seed=seed, say=say)
+    if adapter:
+        backend.load_adapter(adapter)
+    examples, prompt_tokens = encode_prompts(
+        dataset.eval,
+        backend.tokenizer,
+        context=backend.context,
+        max_tokens=config.training.max_tokens,
+        max_prompt_tokens=config.training.max_prompt_tokens,
+        say=say,
+    )
+    scorer = reward.open_scorer(config.reward.type)
+    try:
+        return evaluate_held_out(
+            config, open_engine(config.inference, backend), scorer, examples, prompt_tokens, seed=seed
+        )
+    finally:
+        scorer.close()
+
+
+def _shaped_like(config: Config, adapter: Path | None) -> Config:
+    """The config with the LoRA shape of the adapter: one of another rank can be evaluated as well."""
+    if adapter is None:
+        return config
+    shape = json.loads((adapter / "adapter_config.json").read_bytes())
+    lora = {"alpha": shape["lora_alpha"], "use_rslora": shape["use_rslora"]}
+    lora["target_modules"] = tuple(sorted(shape["target_modules"]))
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"lora_rank": shape["r"]}),
+            "lora": config.lora.model_copy(update=lora),
+        }
+    )
 
 
 def evaluate_held_out(

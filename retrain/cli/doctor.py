@@ -1,0 +1,166 @@
+"""`retrain doctor`: what this machine has and lacks for a config. Imports torch, unlike the other light commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from retrain import estimate
+from retrain.assets import resolve_model
+from retrain.cli.explain import human_bytes, not_available
+from retrain.cli.flags import parse
+from retrain.config import DEFAULT_PATH, Config, run_matrix
+from retrain.types import ConfigError
+
+CORE = ("transformers", "peft", "safetensors", "numpy", "pydantic", "rich", "math-verify", "tomli-w")
+# Extra of this package -> the distribution it brings, and when a config cannot do without it.
+EXTRAS: dict[str, tuple[str, Callable[[Config], bool]]] = {
+    "wandb": ("wandb", lambda config: bool(config.logging.wandb_project)),
+    "tensorboard": ("tensorboard", lambda config: False),
+    "verifiers": ("verifiers", lambda config: config.environment.provider == "verifiers"),
+    "semantic": ("sentence-transformers", lambda config: config.planning.detector == "semantic"),
+    "tinker": ("tinker", lambda config: config.backend.backend == "tinker"),
+    "ray": ("ray", lambda config: config.campaign is not None and config.campaign.executor == "ray"),
+    "triton": ("triton", lambda config: False),
+    "gguf": ("gguf", lambda config: config.model.model.endswith(".gguf")),
+}
+LITTLE_DISK = 2**30
+REQUEST_SECONDS = 3.0
+
+Level = Literal["ok", "note", "fail"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at. fix: the command or change that would help; empty where nothing is needed."""
+
+    level: Level
+    subject: str
+    detail: str
+    fix: str = ""
+
+
+def run(argv: list[str]) -> int:
+    parsed = parse(argv, "doctor")
+    about_config = parsed.config_path or parsed.overrides or Path(DEFAULT_PATH).exists()
+    config = parsed.load() if about_config else None
+    findings = list(examine(config))
+    can_run = all(finding.level != "fail" for finding in findings)
+    if parsed.options["json"]:
+        print(json.dumps({"can_run": can_run, "findings": [asdict(finding) for finding in findings]}, indent=2))
+    else:
+        _print(findings, can_run, (parsed.config_path or DEFAULT_PATH) if about_config else "this machine")
+    return 0 if can_run else 1
+
+
+def examine(config: Config | None) -> Iterator[Finding]:
+    """Findings about the machine, and about `config` on it."""
+    yield Finding("ok", "python", f"{platform.python_version()} on {platform.platform()}")
+    yield _torch()
+    for name in CORE:
+        yield _package(name, required=True, fix=f"pip install {name}")
+    for extra, (name, needed) in EXTRAS.items():
+        yield _package(name, required=config is not None and needed(config), fix=f'pip install "retrain[{extra}]"')
+    if config is None:
+        return
+    yield from (Finding("fail", "config", line) for line in not_available(config, run_matrix(config)))
+    yield from _devices(config)
+    yield _model(config)
+    yield _disk(Path(config.logging.log_dir))
+    if config.inference.engine != "pytorch" or config.inference.url:
+        yield _engine(config.inference.url)
+
+
+def _torch() -> Finding:
+    try:
+        import torch
+    except ImportError as exc:
+        return Finding("fail", "torch", f"cannot be imported: {exc}", "pip install torch")
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    metal = ["MPS"] if torch.backends.mps.is_available() else []
+    found = ", ".join(gpus + metal) or "no GPU"
+    return Finding("ok", "torch", f"{torch.__version__}: {found}, {torch.get_num_threads()} threads")
+
+
+def _package(name: str, *, required: bool, fix: str) -> Finding:
+    try:
+        return Finding("ok", name, version(name))
+    except PackageNotFoundError:
+        if required:
+            return Finding("fail", name, "missing, and needed", fix)
+        return Finding("note", name, "not installed (optional)", fix)
+
+
+def _devices(config: Config) -> Iterator[Finding]:
+    from retrain.backend.devices import resolve_device
+
+    for name in config.backend.devices.split(","):
+        remarks: list[str] = []
+        try:
+            device = resolve_device(name, remarks.append)
+        except ConfigError as exc:
+            yield Finding("fail", "device", str(exc))
+        else:
+            yield Finding("note" if remarks else "ok", "device", remarks[0] if remarks else f"{name} is {device}")
+
+
+def _model(config: Config) -> Finding:
+    name = config.model.model
+    try:
+        folder = Path(resolve_model(name)).expanduser()
+    except ConfigError as exc:
+        return Finding("fail", "model", str(exc))
+    model_config = estimate.find_model_config(name)
+    if model_config is not None:
+        shape = estimate.shape_of(model_config)
+        size = f", {shape.parameters:,} parameters" if shape else ""
+        return Finding("ok", "model", f"{name}: {model_config.get('model_type', 'unknown type')}{size}")
+    if folder.is_dir():
+        return Finding("fail", "model", f"{name}: the folder has no readable config.json", "name a model's own folder")
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        return Finding(
+            "fail", "model", f"{name}: no such folder", "set model.model to a folder, hub id or builtin:tiny"
+        )
+    return Finding("note", "model", f"{name}: not downloaded yet; a run downloads it", f"hf download {name}")
+
+
+def _disk(log_dir: Path) -> Finding:
+    existing = next(parent for parent in (log_dir.absolute(), *log_dir.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        return Finding("fail", "log_dir", f"{existing} cannot be written to", "give another --log-dir")
+    free = shutil.disk_usage(existing).free
+    detail = f"{log_dir}: {human_bytes(free)} free"
+    return (
+        Finding("note", "log_dir", detail, "free some space")
+        if free < LITTLE_DISK
+        else Finding("ok", "log_dir", detail)
+    )
+
+
+def _engine(url: str) -> Finding:
+    if not url:
+        return Finding("fail", "engine", "no inference.url", "set inference.url to the server's address")
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/v1/models", timeout=REQUEST_SECONDS) as answer:
+            return Finding("ok", "engine", f"{url} answers ({answer.status})")
+    except urllib.error.HTTPError as exc:
+        return Finding("ok", "engine", f"{url} answers ({exc.code})")
+    except (OSError, ValueError) as exc:
+        return Finding("fail", "engine", f"{url} does not answer: {exc}", "start the server, or correct inference.url")
+
+
+def _print(findings: list[Finding], can_run: bool, subject: str) -> None:
+    width = max(len(finding.subject) for finding in findings)
+    for finding in findings:
+        fix = f"  ->  {finding.fix}" if finding.fix else ""
+        print(f"{finding.level:<4}  {finding.subject:<{width}}  {finding.detail}{fix}")
+    print(f"\n{subject}: {'ready' if can_run else 'cannot run as it is; see the lines marked fail'}")

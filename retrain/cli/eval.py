@@ -1,0 +1,38 @@
+"""`retrain eval CONFIG [--adapter DIR]`: pass@1 and pass@k on held-out examples."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from retrain.cli.flags import parse
+from retrain.config import check_available
+from retrain.tracking.console import percent
+from retrain.types import ConfigError
+
+
+def run(argv: Sequence[str]) -> int:
+    parsed = parse(argv, "eval")
+    config = parsed.load()
+    check_available(config)
+    adapter = parsed.options["adapter"]
+    if adapter and not Path(adapter, "adapter_config.json").is_file():
+        raise ConfigError(f"--adapter {adapter}: no adapter in that folder (there is no adapter_config.json)")
+    from retrain.training.run import evaluate_adapter
+
+    result = evaluate_adapter(config, Path(adapter) if adapter else None, say=_quiet if parsed.options["json"] else print)
+    if parsed.options["json"]:
+        print(json.dumps(dataclasses.asdict(result), indent=2))
+        return 0
+    print(f"{result.examples} held-out examples x {result.samples} samples, {result.mean_tokens:.1f} tokens on average")
+    for k, estimate in result.pass_at.items():
+        print(f"pass@{k}: {percent(estimate.value)} (95% {percent(estimate.low)} to {percent(estimate.high)})")
+    if result.errors:
+        print(f"{result.errors} completions could not be scored and are left out")
+    return 0
+
+
+def _quiet(line: str) -> None:
+    pass

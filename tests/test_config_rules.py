@@ -1,0 +1,290 @@
+"""Combinations that are refused, capabilities that are not there yet, keys without effect, campaigns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from retrain.config import Config, build, check_available, run_kind, run_matrix, unavailable, without_effect
+from retrain.types import ConfigError
+
+
+def config_of(**values: Any) -> Config:
+    """config_of(training__lr=1) sets training.lr."""
+    return build({}, {path.replace("__", "."): value for path, value in values.items()})
+
+
+AVAILABLE = {"data__source": "arithmetic"}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"inference__top_p": 0.9}, "inference.top_p / top_k: "),
+        ({"inference__top_k": 5}, "inference.top_p / top_k: "),
+        ({"algorithm__overlong_buffer": 8}, "algorithm.overlong_buffer: its penalty makes rewards negative"),
+        (
+            {"algorithm__overlong_buffer": 64, "training__max_tokens": 64, "algorithm__advantage_mode": "grpo"},
+            "algorithm.overlong_buffer = 64: must be less than training.max_tokens (64)",
+        ),
+        ({"loss__dual_clip": 1.0}, "loss.dual_clip = 1.0: must be 0 (off) or greater than 1"),
+        ({"loss__mismatch_correction": "mask"}, 'loss.mismatch_correction = "mask": '),
+        (
+            {"loss__minibatches": 9, "training__batch_size": 2, "training__group_size": 4},
+            "loss.minibatches = 9: must not be more than the completions of a step",
+        ),
+        (
+            {"training__lr_schedule": "cosine", "training__warmup_steps": 10, "training__max_steps": 10},
+            "training.warmup_steps = 10: must be less than training.max_steps (10)",
+        ),
+        ({"eval__samples": 4}, "eval.samples = 4: greedy completions are all the same"),
+        ({"model__base_url": "http://x"}, "model.base_url: only the tinker backend"),
+        ({"environment__provider": "verifiers"}, 'environment.provider = "verifiers": needs environment.id'),
+        ({"environment__id": "a/b"}, 'environment.id: needs environment.provider = "verifiers"'),
+        ({"environment__max_turns": 0}, "environment.max_turns = 0: must be -1 (no override) or >= 1"),
+        ({"reward__type": "judge"}, 'reward.type = "judge": needs reward.judge_model'),
+        ({"reward__type": "custom"}, 'reward.type = "custom": needs reward.custom_module'),
+        (
+            {"backpressure__min_batch_size": 5, "backpressure__max_batch_size": 4},
+            "backpressure.min_batch_size = 5: must not be above max_batch_size (4)",
+        ),
+        (
+            {"backpressure__enabled": True, "backpressure__max_batch_size": 4},
+            "training.batch_size = 8: must lie within backpressure.min_batch_size and max_batch_size (1 to 4)",
+        ),
+        ({"squeeze__target_ranks": [0]}, "squeeze.target_ranks: every rank must be >= 1"),
+        ({"squeeze__target_ranks": [4, 4]}, "squeeze.target_ranks: names a rank twice"),
+        ({"squeeze__target_ranks": [9], "squeeze__source_rank": 8}, "squeeze.target_ranks: no rank may be above"),
+        ({"squeeze__compress_to": 9, "squeeze__source_rank": 8}, "squeeze.compress_to = 9: must not be above"),
+        ({"campaign__seeds": []}, "campaign.seeds: must name at least one seed"),
+        ({"campaign__seeds": [1, 1]}, "campaign.seeds: names a seed twice"),
+        ({"campaign__seeds": [-1]}, "campaign.seeds: every seed must be >= 0"),
+        ({"campaign__ray_address": "x"}, 'campaign.ray_address: set campaign.executor = "ray"'),
+    ],
+)
+def test_refused_combination(values: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        config_of(**values)
+    assert str(refused.value).startswith(expected)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"training__group_size": 1},
+        {"algorithm__overlong_buffer": 63, "training__max_tokens": 64, "algorithm__advantage_mode": "dr_grpo"},
+        {"loss__dual_clip": 1.01},
+        {"loss__mismatch_correction": "token", "loss__old_logprobs": "recompute"},
+        {"loss__minibatches": 128},
+        {"training__warmup_steps": 900},
+        {"eval__samples": 4, "eval__temperature": 0.7},
+        {"model__base_url": "http://x", "backend__backend": "tinker"},
+        {"squeeze__target_ranks": [8, 4], "squeeze__source_rank": 8, "squeeze__compress_to": 8},
+    ],
+)
+def test_allowed_combination(values: dict[str, Any]) -> None:
+    config_of(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"backend__backend": "tinker"}, "backend.backend"),
+        ({"backend__devices": "gpu:0,gpu:1"}, "backend.devices"),
+        ({"backend__adapter_path": "x"}, "backend.adapter_path"),
+        ({"inference__engine": "vllm"}, "inference.engine"),
+        ({"inference__url": "http://x"}, "inference.url"),
+        ({"inference__attention_kernel": "flash"}, "inference.attention_kernel"),
+        ({"inference__dtype": "fp8"}, "inference.dtype"),
+        ({"inference__kv_cache_dtype": "int8"}, "inference.kv_cache_dtype"),
+        ({"inference__request_timeout_s": 1}, "inference.request_timeout_s"),
+        ({"inference__retries": 1}, "inference.retries"),
+        ({"data__source": "math"}, "data.source"),
+        ({"data__source": "gsm8k"}, "data.source"),
+        ({"data__source": "reasoning_gym:sudoku"}, "data.source"),
+        ({"data__source": "x.csv"}, "data.source"),
+        ({"data__source": "org/name"}, "data.source"),
+        ({"data__split": "test"}, "data.split"),
+        ({"environment__args": {"a": 1}}, "environment.args"),
+        ({"environment__max_turns": 3}, "environment.max_turns"),
+        ({"planning__detector": "semantic"}, "planning.detector"),
+        ({"planning__model": "x"}, "planning.model"),
+        ({"planning__threshold": 0.5}, "planning.threshold"),
+        ({"reward__custom_function": "f"}, "reward.custom_function"),
+        ({"backpressure__peak_gflops": 1}, "backpressure.peak_gflops"),
+        ({"logging__wandb_project": "p"}, "logging.wandb_project"),
+        ({"logging__wandb_tags": "p"}, "logging.wandb_tags"),
+        ({"squeeze__compress_to": 4}, "squeeze.compress_to"),
+    ],
+)
+def test_not_available_yet(values: dict[str, Any], key: str) -> None:
+    config = config_of(**{**AVAILABLE, **values})
+    assert len(unavailable(config)) == 1
+    with pytest.raises(ConfigError, match=rf"^{key} = .*: not available yet; \w+"):
+        check_available(config)
+
+
+def test_not_available_yet_with_companions() -> None:
+    judge = config_of(**AVAILABLE, reward__type="judge", reward__judge_model="m")
+    assert [line.split(" = ")[0] for line in unavailable(judge)] == ["reward.judge_model", "reward.type"]
+    campaign = config_of(**AVAILABLE, campaign__parallel=True)
+    assert unavailable(campaign)[0].startswith("[campaign]: not available yet")
+    squeeze = config_of(squeeze__adapter_path="x")
+    assert len(unavailable(squeeze)) == 1
+    assert unavailable(squeeze)[0].startswith("[squeeze]: ")
+
+
+def test_the_default_source_is_said_to_be_missing() -> None:
+    assert unavailable(Config()) == [
+        'data.source = "math": not available yet; use "arithmetic", a .jsonl file or a dotted path'
+    ]
+
+
+@pytest.mark.parametrize("source", ["arithmetic", "arithmetic:words", "x.jsonl", "pkg.mod.fn"])
+def test_available(source: str) -> None:
+    check_available(config_of(data__source=source))
+    check_available(
+        config_of(
+            data__source=source,
+            backend__devices="cpu",
+            model__model="builtin:tiny",
+            reward__type="math",
+            loss__kind="ppo",
+            loss__dual_clip=3,
+            algorithm__dynamic_sampling=True,
+            eval__every=5,
+            inference__prefix_caching=False,
+            inference__max_logprob_gap=1,
+            logging__strategic_grams="a, b",
+            resume__from="x",
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "reason"),
+    [
+        ({"gtpo__beta": 0.5, "algorithm__transform_mode": "none"}, "gtpo.beta", 'transform_mode = "none"'),
+        ({"gtpo__beta": 0.5, "algorithm__transform_mode": "a.gtpo"}, "gtpo.beta", 'transform_mode = "a.gtpo"'),
+        ({"hicra__alpha": 0.5}, "hicra.alpha", 'transform_mode = "gtpo_sepa"'),
+        ({"sepa__steps": 5, "algorithm__transform_mode": "gtpo_hicra"}, "sepa.steps", "gtpo_hicra"),
+        ({"sepa__ema_decay": 0.5}, "sepa.ema_decay", 'sepa.schedule = "linear"'),
+        ({"sepa__warmup": 5}, "sepa.warmup", 'sepa.schedule = "linear"'),
+        ({"algorithm__max_resample_rounds": 5}, "algorithm.max_resample_rounds", "dynamic_sampling"),
+        ({"loss__clip_low": 0.1}, "loss.clip_low", 'loss.kind = "importance_sampling"'),
+        ({"loss__dual_clip": 3, "loss__kind": "cispo"}, "loss.dual_clip", 'loss.kind = "cispo"'),
+        ({"loss__kl_estimator": "k1"}, "loss.kl_estimator", "loss.kl_coef = 0"),
+        ({"loss__mismatch_cap": 3}, "loss.mismatch_cap", "loss.mismatch_correction"),
+        ({"planning__threshold": 0.5}, "planning.threshold", 'planning.detector = "regex"'),
+        ({"reward__judge_model": "m"}, "reward.judge_model", 'reward.type = "match"'),
+        ({"backpressure__ema_decay": 0.5}, "backpressure.ema_decay", "backpressure.enabled"),
+        ({"logging__wandb_group": "g"}, "logging.wandb_group", "logging.wandb_project"),
+        ({"eval__examples": 5}, "eval.examples", "eval.every = 0"),
+        ({"data__prompt_field": "q", "data__source": "arithmetic"}, "data.prompt_field", "arithmetic"),
+        ({"inference__url": "http://x"}, "inference.url", 'inference.engine = "pytorch"'),
+        ({"training__dtype": "bf16", "backend__backend": "tinker"}, "training.dtype", "tinker"),
+        ({"squeeze__compress_to": 4}, "squeeze.compress_to", "squeeze.output_path"),
+    ],
+)
+def test_without_effect(values: dict[str, Any], key: str, reason: str) -> None:
+    lines = {line.partition(" = ")[0]: line for line in without_effect(config_of(**values))}
+    assert ": no effect " in lines[key]
+    assert reason in lines[key]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"gtpo__beta": 0.5},
+        {"hicra__alpha": 0.5, "algorithm__transform_mode": "gtpo_sepa_hicra"},
+        {"sepa__ema_decay": 0.5, "sepa__schedule": "auto", "sepa__steps": 3},
+        {"loss__clip_low": 0.1, "loss__kind": "cispo"},
+        {"loss__kind": "gspo"},
+        {"loss__kl_estimator": "k1", "loss__kl_coef": 0.1},
+        {"data__prompt_field": "q", "data__source": "x.jsonl"},
+        {"eval__examples": 5, "eval__every": 1},
+        {"training__lr": 1, "optimizer__beta1": 0.5, "lora__dropout": 0.1, "training__dtype": "fp32"},
+    ],
+)
+def test_with_effect(values: dict[str, Any]) -> None:
+    assert without_effect(config_of(**values)) == []
+
+
+# ---- campaigns
+
+
+def test_kind_of_run() -> None:
+    assert run_kind(Config()) == "train"
+    assert run_kind(config_of(squeeze__adapter_path="x")) == "squeeze"
+    assert run_kind(config_of(squeeze__adapter_path="x", training__seed=1)) == "train"
+    assert run_kind(config_of(squeeze__compress_to=4)) == "train"
+    assert run_kind(config_of(campaign__parallel=True, squeeze__adapter_path="x")) == "campaign"
+
+
+def test_no_campaign_has_no_runs() -> None:
+    assert run_matrix(Config()) == ()
+
+
+def test_the_ablation_is_what_a_campaign_without_conditions_runs() -> None:
+    runs = run_matrix(config_of(campaign__seeds=[7, 8], campaign__max_steps=3))
+    assert [run.name for run in runs] == [
+        f"{condition}_s{seed}"
+        for condition in ("grpo+none", "maxrl+none", "maxrl+gtpo", "maxrl+gtpo_hicra", "maxrl+gtpo_sepa")
+        for seed in (7, 8)
+    ]
+    assert all(run.config.training.seed == run.seed and run.config.training.max_steps == 3 for run in runs)
+    assert all(run.config.campaign is None for run in runs)
+    assert runs[0].config.algorithm.advantage_mode == "grpo"
+    assert runs[0].config.algorithm.transform_mode == "none"
+
+
+def conditions(*tables: dict[str, Any], **base: Any) -> Config:
+    return config_of(campaign__conditions=list(tables), campaign__seeds=[1], **base)
+
+
+def test_conditions_override_the_base() -> None:
+    nested = {"name": "a", "overrides": {"training": {"lr": 0.5}, "loss.kind": "gspo"}}
+    flat = {"name": "b", "advantage_mode": "grpo", "overrides": {"training.lr": 0.25}}
+    first, second = run_matrix(conditions(nested, flat, training__lr=1, training__max_steps=9))
+    assert (first.config.training.lr, first.config.training.max_steps) == (0.5, 9)
+    assert (first.config.loss.kind, first.config.loss.clip_low) == ("gspo", 3e-4)
+    assert (second.config.training.lr, second.config.algorithm.advantage_mode) == (0.25, "grpo")
+    assert second.config.loss.clip_low == 0.2
+
+
+@pytest.mark.parametrize(
+    ("tables", "expected"),
+    [
+        (
+            [{"name": "a", "overrides": {"training.lrr": 1}}],
+            'campaign condition "a": training.lrr: unknown key; did you mean "lr"?',
+        ),
+        (
+            [{"name": "a", "overrides": {"training.lr": -1}}],
+            'campaign condition "a": training.lr = -1: out of range, must be >= 0',
+        ),
+        (
+            [{"name": "a", "overrides": {"inference.top_p": 0.5}}],
+            'campaign condition "a": inference.top_p / top_k: ',
+        ),
+        (
+            [{"name": "a", "overrides": {"training.seed": 1}}],
+            'campaign condition "a": training.seed is decided by the campaign',
+        ),
+        ([{"name": "a"}, {"name": "a"}], 'campaign.conditions: two are named "a"'),
+        ([{}, {}], 'campaign.conditions: two are named "maxrl+gtpo_sepa"'),
+    ],
+)
+def test_wrong_condition(tables: list[dict[str, Any]], expected: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        run_matrix(conditions(*tables))
+    assert str(refused.value).startswith(expected)
+
+
+@pytest.mark.parametrize("name", ["a/b", "../x", ".hidden", "a b"])
+def test_a_condition_name_is_a_folder_name(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"^campaign\.conditions\[0\]\.name = .*: names a folder"):
+        conditions({"name": name})
