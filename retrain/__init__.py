@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from retrain import planning, reward
     from retrain.config import Config, load_config
-    from retrain.training import train
+    from retrain.training.run import train
     from retrain.types import ConfigError, RetrainError
 
 __version__ = "0.1.0"
@@ -24,7 +24,7 @@ _HOMES = {
     "ConfigError": "retrain.types",
     "RetrainError": "retrain.types",
     "load_config": "retrain.config",
-    "train": "retrain.training",
+    "train": "retrain.training.run",
 }
 
 

@@ -52,6 +52,8 @@ def test_public_names() -> None:
     }
     assert retrain.load_config.__module__ == "retrain.config.load"
     assert retrain.ConfigError.__module__ == "retrain.types"
+    assert retrain.train.__module__ == "retrain.training.run"
+    assert retrain.planning.__name__ == "retrain.planning"
     assert retrain.reward.__name__ == "retrain.reward"
     assert set(retrain.__all__) <= set(dir(retrain))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

@@ -113,6 +113,12 @@ def test_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal("nowhere/quickstart.toml").startswith("nowhere/quickstart.toml: no such file")
 
 
+@pytest.mark.parametrize("text", [f"a = {'9' * 5000}", f"a = {'[' * 5000}"], ids=["digits", "brackets"])
+def test_what_the_parser_gives_up_on(text: str, tmp_path: Path) -> None:
+    path = write(tmp_path, text)
+    assert refusal(path).startswith(f"{path}: TOML syntax: ")
+
+
 def test_what_is_no_text_file(tmp_path: Path) -> None:
     assert refusal(tmp_path) == f"{tmp_path}: is a folder; give the path of a TOML file"
     path = tmp_path / "latin.toml"

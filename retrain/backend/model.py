@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +153,9 @@ def _attach(base: Any, model: ModelConfig, lora: LoraConfig, seed: int) -> PeftM
         target_modules=targets,
         base_model_name_or_path=resolve_model(model.model),
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # PEFT asks transformers under the old name of this property; nothing a user could change.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         torch.manual_seed(seed)
         peft = get_peft_model(base, adapter)
     assert isinstance(peft, PeftModel)

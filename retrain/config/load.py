@@ -92,9 +92,13 @@ def _missing(path: Path) -> str:
 def _parse(text: str, path: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
+    except RecursionError:
+        raise ConfigError(f"{path}: TOML syntax: nested too deeply") from None
+    except ValueError as exc:  # TOMLDecodeError, and what int() says of a number of thousands of digits
         position = TOML_POSITION.match(str(exc))
-        reason, line, column = position.groups() if position else (str(exc), None, None)
+        if position is None:
+            raise ConfigError(f"{path}: TOML syntax: {exc}") from None
+        reason, line, column = position.groups()
         if line is None:  # tomllib says only "at end of document"
             lines = text.split("\n")
             line, column = len(lines), len(lines[-1]) + 1
