@@ -29,10 +29,24 @@ class ConfigError(RetrainError):
 
 @dataclass(frozen=True)
 class Example:
-    """One problem: the prompt's text as the user would write it, and the reference its reward compares with."""
+    """One problem: the prompt's text as the user would write it, and the reference its reward compares with.
+
+    Raises ValueError for an empty prompt, for anything but strings, and for text that is not Unicode (lone surrogates).
+    """
 
     prompt: str
     reference: str
+
+    def __post_init__(self) -> None:
+        for name, value in (("prompt", self.prompt), ("reference", self.reference)):
+            if not isinstance(value, str):
+                raise ValueError(f"the {name} must be a string, this is {type(value).__name__}")
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"the {name} holds half of a surrogate pair, which is not text") from None
+        if not self.prompt.strip():
+            raise ValueError("the prompt is empty")
 
     @cached_property
     def id(self) -> str:

@@ -6,7 +6,7 @@ training") and its masked form. Only with recomputed old log-probs: otherwise th
 
 from __future__ import annotations
 
-import torch
+from retrain_kernels.packed import owner_of, segment_sum
 from torch import Tensor
 
 LOG_RATIO_LIMIT = 20.0
@@ -24,9 +24,7 @@ def mismatch_weights(
         return None
     log_ratio = (trainer_logprob_N - sampler_logprob_N).detach().float()
     if kind == "sequence":
-        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-        owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-        sums = torch.zeros(len(lengths), device=log_ratio.device).index_add_(0, owner, log_ratio)
-        log_ratio = sums[owner]
+        owner = owner_of(cu_seqlens, len(log_ratio))
+        log_ratio = segment_sum(log_ratio, owner, len(cu_seqlens) - 1).float()[owner]
     ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     return (ratio <= cap).float() if kind == "mask" else ratio.clamp(max=cap)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from retrain.backend import rng
 from retrain.backend.devices import peak_memory_bytes
@@ -45,27 +48,33 @@ class LocalBackend:
         return self.learner.step(batch, step)
 
     def save_adapter(self, folder: Path) -> None:
-        peft = self.policy.peft
-        state = {key: value.detach().cpu().contiguous() for key, value in get_peft_model_state_dict(peft).items()}
+        state = {key: value.detach().cpu().contiguous() for key, value in self._adapter_state().items()}
         save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        config = peft.peft_config["default"]
-        was, config.inference_mode = config.inference_mode, True
+        config = copy.copy(self.policy.peft.peft_config["default"])
+        config.inference_mode = True
+        # A set has another order in every process, and a run's files are to be the same bit for bit.
+        config.target_modules = sorted(config.target_modules)
         config.save_pretrained(str(folder))
-        config.inference_mode = was
 
     def load_adapter(self, folder: Path) -> None:
-        """Raises RetrainError when the adapter in `folder` is missing or was made for another model or rank."""
+        """Raises RetrainError when the adapter in `folder` is missing, damaged or made for another model or rank."""
         path = folder / ADAPTER_WEIGHTS
         if not path.is_file():
             raise RetrainError(f"no adapter in {folder}: there is no {ADAPTER_WEIGHTS}")
-        state = load_file(path)
-        ours = get_peft_model_state_dict(self.policy.peft)
-        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in ours.items()}:
+        try:
+            state = load_file(path)
+        except SafetensorError as error:
+            raise RetrainError(f"{path} is damaged: {error}") from error
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in self._adapter_state().items()}:
             raise RetrainError(
                 f"the adapter in {folder} does not fit this config: its layers or ranks differ. "
                 "model.model, model.lora_rank and lora.target_modules must be those it was trained with"
             )
         set_peft_model_state_dict(self.policy.peft, state)
+
+    def _adapter_state(self) -> dict[str, Tensor]:
+        # "auto" would look the base's vocabulary up on the hub, to save embeddings that never change.
+        return get_peft_model_state_dict(self.policy.peft, save_embedding_layers=False)
 
     def save(self, folder: Path) -> None:
         self.save_adapter(folder)

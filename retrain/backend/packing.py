@@ -7,6 +7,7 @@ into micro-batches of at most `budget` tokens, padding included. Neither choice 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,10 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrain.types import Batch, Rollout
+from retrain.types import Batch
 
-# A row's attention is quadratic in its width, the prompt it saves is linear: beyond this width sharing costs more.
-ROW_TOKENS = 512
+# What a token costs apart from attention, in tokens attended to: it decides how many completions share a row. Measured
+# on a CPU at hidden size 128, where the optimum is flat; it grows with the model's width.
+TOKEN_COST = 2500
+# What one more micro-batch costs, in tokens: rows of different width stay apart where padding them would cost more.
+# Measured on a CPU; a GPU needs more tokens to be busy.
+MICRO_BATCH_COST = {"cpu": 128, "mps": 2048, "cuda": 2048}
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class MicroBatch:
     tokens_RS, positions_RS: int64. mask: bool [R, 1, S, S], or None where every row is one plain causal sequence.
     predictor_N: int64, position in the flattened [R * S] hidden states that predicts token n. targets_N: int64.
     sampler_logprob_N: float32. planning_N: bool. advantages_B: float32. cu_seqlens: int32 [B + 1].
-    members: positions of the B completions in the list that was packed.
+    members: positions of the B completions in `Batch.rollouts`.
     """
 
     tokens_RS: Tensor
@@ -52,31 +57,49 @@ class _Row:
 def pack(
     batch: Batch, members: Sequence[int], *, budget: int, share_prompts: bool, pad_id: int, device: torch.device
 ) -> list[MicroBatch]:
-    """Micro-batches over `batch.rollouts[i] for i in members`, each at most `budget` tokens unless one row is more."""
-    rows = sorted(_rows(batch, members, share_prompts), key=lambda row: (row.width, row.members))
+    """Micro-batches over `batch.rollouts[i] for i in members`: at most `budget` tokens, unless one rollout is more."""
+    groups: dict[int, list[int]] = {}
+    for i in members:
+        groups.setdefault(batch.rollouts[i].group, []).append(i)
+    rows = [row for group in groups for row in _rows(batch, group, groups[group], budget, share_prompts)]
     chunks: list[list[_Row]] = []
-    for row in rows:
-        # Sorted by width, so the newcomer is the widest: it sets what every row of the chunk is padded to.
-        if chunks and (len(chunks[-1]) + 1) * row.width <= budget:
+    padding = 0
+    for row in sorted(rows, key=lambda row: (row.width, row.members)):
+        # Sorted by width, so the newcomer is the widest: every row of the chunk is padded to it.
+        if chunks:
+            padding += len(chunks[-1]) * (row.width - chunks[-1][-1].width)
+        if chunks and padding <= MICRO_BATCH_COST[device.type] and (len(chunks[-1]) + 1) * row.width <= budget:
             chunks[-1].append(row)
         else:
             chunks.append([row])
+            padding = 0
     return [_build(batch, chunk, pad_id, device) for chunk in chunks]
 
 
-def _rows(batch: Batch, members: Sequence[int], share_prompts: bool) -> list[_Row]:
+def _rows(batch: Batch, group: int, members: Sequence[int], budget: int, share_prompts: bool) -> list[_Row]:
+    """The completions `members` of one group, in their order, over rows of about the same width."""
+    prompt = len(batch.prompts[group])
+    lengths = [len(batch.rollouts[i].tokens_T) for i in members]
+    share = sum(lengths) / _row_count(prompt, sum(lengths)) if share_prompts else 0.0
     rows: list[_Row] = []
-    open_rows: dict[int, int] = {}
-    for i in members:
-        rollout = batch.rollouts[i]
-        at = open_rows.get(rollout.group)
-        if share_prompts and at is not None and rows[at].width + len(rollout.tokens_T) <= ROW_TOKENS:
-            row = rows[at]
-            rows[at] = _Row(row.group, (*row.members, i), row.width + len(rollout.tokens_T))
+    before = 0
+    for i, length in zip(members, lengths, strict=True):
+        # A completion goes where its middle falls.
+        if rows and before + length / 2 <= share * len(rows) and rows[-1].width + length <= budget:
+            rows[-1] = _Row(group, (*rows[-1].members, i), rows[-1].width + length)
         else:
-            open_rows[rollout.group] = len(rows)
-            rows.append(_Row(rollout.group, (i,), len(batch.prompts[rollout.group]) + len(rollout.tokens_T)))
+            rows.append(_Row(group, (i,), prompt + length))
+        before += length
     return rows
+
+
+def _row_count(prompt: int, completions: int) -> int:
+    """Rows that cost least for a prompt of `prompt` tokens and `completions` tokens of completions in all.
+
+    k rows cost k (P + C / k)^2 in attention and TOKEN_COST (k P + C) in all else, which is least at
+    k = C / sqrt(P (P + TOKEN_COST)).
+    """
+    return max(1, round(completions / math.sqrt(prompt * (prompt + TOKEN_COST))))
 
 
 def _build(batch: Batch, rows: list[_Row], pad_id: int, device: torch.device) -> MicroBatch:
@@ -85,7 +108,7 @@ def _build(batch: Batch, rows: list[_Row], pad_id: int, device: torch.device) ->
     positions = np.zeros((count, width), dtype=np.int64)
     segments = np.full((count, width), -1, dtype=np.int64)
     predictors: list[np.ndarray] = []
-    rollouts: list[Rollout] = []
+    rollouts = [batch.rollouts[i] for row in rows for i in row.members]
     for r, row in enumerate(rows):
         prompt = batch.prompts[row.group]
         end = len(prompt)
@@ -95,9 +118,10 @@ def _build(batch: Batch, rows: list[_Row], pad_id: int, device: torch.device) ->
             start, end = end, end + len(rollout.tokens_T)
             tokens[r, start:end], segments[r, start:end] = rollout.tokens_T, segment
             positions[r, start:end] = len(prompt) + np.arange(end - start)
-            # The first token is predicted by the prompt's last position, every other one by its predecessor.
-            predictors.append(r * width + np.concatenate(([len(prompt) - 1], np.arange(start, end - 1))))
-            rollouts.append(rollout)
+            # Each token is predicted by its predecessor; that of the first is the prompt's last.
+            predictor = np.arange(start - 1, end - 1)
+            predictor[0] = len(prompt) - 1
+            predictors.append(r * width + predictor)
     shared = any(len(row.members) > 1 for row in rows)
 
     def tensor(array: np.ndarray) -> Tensor:
@@ -123,5 +147,5 @@ def _attention(segments_RS: Tensor) -> Tensor:
     query, key = segments_RS[:, None, :, None], segments_RS[:, None, None, :]
     width = segments_RS.shape[1]
     causal = torch.ones(width, width, dtype=torch.bool, device=segments_RS.device).tril()
-    # Padding (-1) sees other padding only: its rows stay finite and nothing reads them.
+    # Padding (-1) sees itself at least, so that it stays finite; nothing reads it.
     return ((key == 0) | (key == query)) & causal

@@ -10,7 +10,7 @@ from pathlib import Path
 from retrain.cli.flags import parse
 from retrain.config import check_available
 from retrain.tracking.console import percent
-from retrain.types import ConfigError
+from retrain.types import ConfigError, RetrainError
 
 
 def run(argv: Sequence[str]) -> int:
@@ -22,7 +22,10 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError(f"--adapter {adapter}: no adapter in that folder (there is no adapter_config.json)")
     from retrain.training.run import evaluate_adapter
 
-    result = evaluate_adapter(config, Path(adapter) if adapter else None, say=_quiet if parsed.options["json"] else print)
+    say = _quiet if parsed.options["json"] else print
+    result = evaluate_adapter(config, Path(adapter) if adapter else None, say=say)
+    if not result.pass_at:
+        raise RetrainError(f"none of the {result.errors} completions could be scored: there is no rate to report")
     if parsed.options["json"]:
         print(json.dumps(dataclasses.asdict(result), indent=2))
         return 0

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from retrain.cli.flags import parse
-from retrain.config import load_config
 from retrain.tracking.console import number, percent
-from retrain.training.checkpoint import CHECKPOINTS, TRAINER_STATE
+from retrain.training.checkpoint import named
 from retrain.training.folder import CONFIG, METADATA, METRICS, owner
+from retrain.training.metrics import RUNNING_STEPS
 from retrain.training.records import last_row
-from retrain.types import ConfigError
+from retrain.types import ConfigError, RetrainError
+
+WIDE = 240  # columns
 
 
 def run(argv: Sequence[str]) -> int:
@@ -27,59 +32,74 @@ def run(argv: Sequence[str]) -> int:
     root = Path(parsed.positionals[0])
     if not root.is_dir():
         raise ConfigError(f"status: {root}: no such folder")
-    runs = [read_run(folder) for folder in find_runs(root)]
-    if not runs:
-        raise ConfigError(f"status: there is no run in {root} or below it (no folder with {METADATA})")
+    folders = list(find_runs(root))
+    if not folders:
+        raise ConfigError(f"status: there is no run in {root} or below it (no folder with {METADATA} and {CONFIG})")
+    runs = list(_readable(folders))
     if parsed.options["json"]:
-        print(json.dumps(runs, indent=2))
+        print(json.dumps({"runs": runs}, indent=2))
     else:
-        Console().print(_table(runs))
-    return 0
+        # A table for a file or a pipe is not folded to the width of a terminal.
+        Console(width=None if sys.stdout.isatty() else WIDE).print(_table(runs))
+    return 0 if runs else 1
 
 
 def find_runs(root: Path) -> Iterator[Path]:
     """Folders at or below `root` that hold a run, in the order of their names; a run's own folders are not entered."""
     for folder, inner, files in os.walk(root):
         inner.sort()
-        if METADATA in files:
+        if METADATA in files and CONFIG in files:
             inner.clear()
             yield Path(folder)
 
 
 def read_run(log_dir: Path) -> dict[str, Any]:
-    """What the records of one run say. state: running, or how it ended; "stopped" when it died without a word."""
-    metadata = json.loads((log_dir / METADATA).read_bytes())
+    """What the records of one run say. state: running, or how it ended; "stopped" when it died without a word.
+
+    Raises RetrainError where they are damaged or not this program's.
+    """
+    try:
+        metadata = json.loads((log_dir / METADATA).read_bytes())
+        config = tomllib.loads((log_dir / CONFIG).read_text(encoding="utf-8"))
+        facts = {key: metadata[key] for key in ("condition", "model")}
+        ended, max_steps = metadata["sessions"][-1]["status"], config["training"]["max_steps"]
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise RetrainError(
+            f"{log_dir}: its {METADATA} and {CONFIG} are not those of a run ({type(error).__name__}: {error})"
+        ) from None
     last = last_row(log_dir / METRICS) or {}
     pid = owner(log_dir)
-    state = "running" if pid is not None else metadata["sessions"][-1]["status"]
     return {
         "log_dir": str(log_dir),
-        "state": "stopped" if state == "running" and pid is None else state,
+        "state": "running" if pid is not None else "stopped" if ended == "running" else ended,
         "pid": pid,
-        "condition": metadata["condition"],
-        "model": metadata["model"],
+        **facts,
         "step": last.get("step", 0),
-        "max_steps": load_config(log_dir / CONFIG).training.max_steps,
+        "max_steps": max_steps,
         "seconds_per_step": last.get("step_time_s"),
         "tokens_per_s": last.get("tokens_per_s"),
         "correct_rate": last.get("correct_rate"),
         "running_correct_rate": last.get("running_correct_rate"),
-        "last_checkpoint": _last_checkpoint(log_dir),
+        "last_checkpoint": named(log_dir),
     }
 
 
-def _last_checkpoint(log_dir: Path) -> str | None:
-    path = log_dir / TRAINER_STATE
-    return json.loads(path.read_bytes())["checkpoint"].removeprefix(f"{CHECKPOINTS}/") if path.is_file() else None
+def _readable(folders: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    """The runs that can be read; one that cannot must not hide the others."""
+    for folder in folders:
+        try:
+            yield read_run(folder)
+        except RetrainError as error:
+            print(f"warning: {error}", file=sys.stderr)
 
 
 def _table(runs: list[dict[str, Any]]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("run", "state", "step", "s/step", "correct", "last 10", "checkpoint"):
+    for name in ("run", "state", "step", "s/step", "correct", f"last {RUNNING_STEPS}", "checkpoint"):
         table.add_column(name, justify="left" if name in ("run", "state", "checkpoint") else "right", overflow="fold")
     for entry in runs:
         table.add_row(
-            entry["log_dir"],
+            Text(entry["log_dir"]),  # not markup, whatever it is called
             entry["state"] if entry["pid"] is None else f"{entry['state']} (pid {entry['pid']})",
             f"{entry['step']}/{entry['max_steps']}",
             number(entry["seconds_per_step"]),

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Disjoint examples to train on and to evaluate on, each in source order."""
+    """Examples to train on and to evaluate on, each in source order; no prompt stands in both.
+
+    train: may hold an example several times, as its source does. eval: each example once.
+    """
 
     train: tuple[Example, ...]
     eval: tuple[Example, ...]
@@ -33,20 +36,26 @@ def load(section: DataConfig, *, max_examples: int = 0) -> Dataset:
     Raises ConfigError for a source that is missing, malformed or empty.
     """
     examples = _read(section)
-    held_out = [is_held_out(example, section.eval_fraction) for example in examples]
-    train = tuple(e for e, out in zip(examples, held_out, strict=True) if not out)
-    evaluation = tuple(e for e, out in zip(examples, held_out, strict=True) if out)
+    if not examples:
+        raise ConfigError(f'data.source = "{section.source}" is empty: there is no example to train on')
+    train = [example for example in examples if not is_held_out(example, section.eval_fraction)]
     if not train:
         raise ConfigError(
-            f'data.source = "{section.source}" has no example to train on ({len(examples)} in all, '
-            f"{len(evaluation)} held out by data.eval_fraction = {section.eval_fraction})"
+            f'data.source = "{section.source}" leaves no example to train on: data.eval_fraction = '
+            f"{section.eval_fraction} holds out all {len(examples)}. Lower it, or add examples"
         )
-    return Dataset(train[:max_examples] if max_examples else train, evaluation)
+    # The noise of an evaluation is keyed by the example: a second copy would be the same measurement once more.
+    held_out = dict.fromkeys(example for example in examples if is_held_out(example, section.eval_fraction))
+    return Dataset(tuple(train[:max_examples] if max_examples else train), tuple(held_out))
 
 
 def is_held_out(example: Example, fraction: float) -> bool:
-    """Whether the example belongs to the evaluation split: decided by its content alone, so it never moves."""
-    return int(example.id, 16) < fraction * 2**64
+    """Whether the example belongs to the evaluation split.
+
+    Decided by its prompt alone: it never moves when data is added or a reference corrected, a larger fraction only adds
+    to the split, and one question cannot stand on both sides.
+    """
+    return stream_key(0, "held out", example.prompt) < fraction * 2**64
 
 
 @functools.lru_cache(maxsize=4)
@@ -55,7 +64,11 @@ def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def position(ordinal: int, count: int, *, seed: int, shuffle: bool) -> int:
-    """Index of the example that is the run's prompt number `ordinal`: a pure function of (seed, epoch)."""
+    """Index, in 0..count-1, of the example that is the run's prompt number `ordinal`, counted from 0.
+
+    Every epoch of `count` prompts meets each example once, in an order that is a pure function of (seed, epoch), or in
+    source order without `shuffle`.
+    """
     epoch, offset = divmod(ordinal, count)
     return int(_epoch_order(count, seed, epoch)[offset]) if shuffle else offset
 
@@ -73,18 +86,26 @@ def _read(section: DataConfig) -> list[Example]:
 
 def _from_callable(path: str) -> list[Example]:
     """`pkg.mod.fn` takes no argument and returns an iterable of examples: Example objects or (prompt, reference)."""
-    rows = load_callable(path, what="data.source", parameters=())()
-    if not isinstance(rows, Iterable):
-        raise ConfigError(f'data.source = "{path}" returned {type(rows).__name__}; it must return an iterable')
-    examples = []
-    for number, row in enumerate(rows):
-        if isinstance(row, Example):
-            examples.append(row)
-        elif isinstance(row, tuple) and len(row) == 2 and all(isinstance(part, str) for part in row):
-            examples.append(Example(*row))
-        else:
-            raise ConfigError(
-                f'data.source = "{path}": item {number} is {row!r:.80}; '
-                "it must be a retrain.types.Example or a (prompt, reference) pair of strings"
-            )
-    return examples
+    function = load_callable(path, what="data.source", parameters=())
+    place = f'data.source = "{path}"'
+    try:
+        returned = function()
+        rows = list(returned) if isinstance(returned, Iterable) else None
+    except Exception as error:  # foreign code, which may fail in any way
+        raise ConfigError(f"{place}: it raised {type(error).__name__}: {error}") from error
+    if rows is None:
+        raise ConfigError(f"{place}: it returned {type(returned).__name__}; it must return an iterable of examples")
+    return [_as_example(row, f"{place}: item {number}") for number, row in enumerate(rows)]
+
+
+def _as_example(row: object, place: str) -> Example:
+    if isinstance(row, Example):
+        return row
+    if not isinstance(row, tuple) or len(row) != 2:
+        raise ConfigError(
+            f"{place} is {row!r:.80}; it must be a retrain.types.Example or a (prompt, reference) pair of strings"
+        )
+    try:
+        return Example(*row)
+    except ValueError as error:
+        raise ConfigError(f"{place}: {error}") from None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from retrain.backend.model import Policy
 from retrain.streams import uniforms
-from retrain.types import Completion
+from retrain.types import Completion, RetrainError
 
 # Rows that have ended are dropped from the batch when at most this share is still running: copying the cache costs too.
 COMPACT_BELOW = 0.8
@@ -112,6 +112,11 @@ class PyTorchEngine:
                 use_cache=True,
             )
             logits_BV, positions = outputs.logits[:, -1], positions + 1
+        if not logprobs_BT.isfinite().all():
+            raise RetrainError(
+                "the model's logits are not finite, so nothing can be sampled: the adapter has diverged, or the number "
+                "format is too narrow. Go back to an earlier checkpoint, with a lower training.lr or in fp32"
+            )
         return tokens_BT.cpu().numpy(), logprobs_BT.cpu().numpy(), lengths_B.cpu().numpy()
 
     def _completion(self, tokens_T: np.ndarray, logprobs_T: np.ndarray) -> Completion:
@@ -138,5 +143,6 @@ def sample(logits_BV: Tensor, noise_B: Tensor, temperature: float) -> tuple[Tens
     # Rounding must not carry the target up to the total: no token's mass lies above it. "right" never picks a token
     # of zero mass, because its cumulative value equals its predecessor's.
     target = torch.minimum(noise_B[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    token = torch.searchsorted(mass_BV, target, right=True).squeeze(1)
+    # Logits that are not finite find no token at all; their log-prob tells.
+    token = torch.searchsorted(mass_BV, target, right=True).squeeze(1).clamp(max=mass_BV.shape[1] - 1)
     return token, logprobs_BV.gather(1, token[:, None]).squeeze(1)

@@ -13,7 +13,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-COMPLETION_CHARACTERS = 400
+from retrain.training.metrics import CORRECT, RUNNING_STEPS
+
+# Of a prompt's end and of a completion's beginning, so that the panel stays within a small terminal.
+SHOWN_CHARACTERS = 400
+SHOWN_LINES = 6
 
 
 class ConsoleObserver:
@@ -24,7 +28,7 @@ class ConsoleObserver:
         self.console = console or Console(file=sys.stdout, highlight=False)
         self._began = time.monotonic()
         self._first_step: int | None = None
-        self._live = Live(console=self.console, refresh_per_second=4) if self.console.is_terminal else None
+        self._live = Live(console=self.console, refresh_per_second=4) if self.console.is_interactive else None
 
     def __enter__(self) -> ConsoleObserver:
         return self
@@ -34,28 +38,30 @@ class ConsoleObserver:
             self._live.stop()
 
     def say(self, line: str) -> None:
-        self.console.print(line, markup=False, soft_wrap=True)
+        # A path or a prompt may look like markup ("[/]") or an emoji code (":100:"), and is shown as it is.
+        self.console.print(line, markup=False, emoji=False, soft_wrap=True)
 
     def on_step(self, metrics: dict[str, Any], generations: list[dict[str, Any]]) -> None:
         if self._first_step is None:
             self._first_step = metrics["step"] - 1
             self._began = time.monotonic() - metrics["step_time_s"]
         if self._live is None:
-            self.console.print(self._line(metrics), markup=False, soft_wrap=True)
+            self.say(self._line(metrics))
             return
         if not self._live.is_started:
             self._live.start()
         self._live.update(self._panel(metrics, generations[-1] if generations else None))
 
     def seconds_left(self, step: int) -> float:
-        assert self._first_step is not None
-        return (time.monotonic() - self._began) / (step - self._first_step) * (self.max_steps - step)
+        """From the pace of this session's steps, evaluations and checkpoints included."""
+        done = step - (self._first_step or 0)
+        return (time.monotonic() - self._began) / done * (self.max_steps - step)
 
     def _line(self, metrics: dict[str, Any]) -> str:
         parts = [
             f"step {metrics['step']:>{len(str(self.max_steps))}}/{self.max_steps}",
             f"correct {percent(metrics['correct_rate'])}",
-            f"(last 10: {percent(metrics['running_correct_rate'])})",
+            f"(last {RUNNING_STEPS}: {percent(metrics['running_correct_rate'])})",
             f"reward {number(metrics['mean_reward'])}",
             f"loss {number(metrics['loss'])}",
             f"entropy {number(metrics['entropy_mean'])}",
@@ -72,7 +78,7 @@ class ConsoleObserver:
         facts = Table.grid(padding=(0, 3))
         facts.add_row(
             f"correct [bold]{percent(metrics['correct_rate'])}[/]",
-            f"last 10 [bold]{percent(metrics['running_correct_rate'])}[/]",
+            f"last {RUNNING_STEPS} [bold]{percent(metrics['running_correct_rate'])}[/]",
             f"reward {number(metrics['mean_reward'])}",
             f"loss {number(metrics['loss'])}",
             f"entropy {number(metrics['entropy_mean'])}",
@@ -82,13 +88,20 @@ class ConsoleObserver:
         if metrics["reward_errors"]:
             parts.append(Text(f"{metrics['reward_errors']} rewards could not be computed", style="red"))
         if sample is not None:
-            style = "green" if (sample["reward"] or 0) > 0.5 else "red"
+            style = "green" if (sample["reward"] or 0) > CORRECT else "red"
+            prompt, completion = sample["prompt"][-SHOWN_CHARACTERS:], sample["completion"][:SHOWN_CHARACTERS]
             parts += [
-                Text(sample["prompt"][-COMPLETION_CHARACTERS:], style="dim"),
-                Text(sample["completion"][:COMPLETION_CHARACTERS], style=style),
+                Text(self._shown(prompt, slice(-SHOWN_LINES, None)), style="dim"),
+                Text(self._shown(completion, slice(SHOWN_LINES)), style=style),
             ]
         left = clock(self.seconds_left(metrics["step"]))
         return Panel(Group(*parts), title=f"step {metrics['step']}/{self.max_steps}, {left} left", title_align="left")
+
+    def _shown(self, text: str, lines: slice) -> str:
+        """Text of the model's for the terminal: without control codes, which could do anything to it."""
+        printable = "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text)
+        encodable = printable.encode(self.console.encoding, "replace").decode(self.console.encoding)
+        return "\n".join(encodable.splitlines()[lines])
 
 
 def number(value: float | None) -> str:

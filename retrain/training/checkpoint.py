@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -16,6 +17,7 @@ TRAINER_STATE = "trainer_state.json"
 CHECKPOINTS = "checkpoints"
 LOOP_STATE = "loop.json"
 _UNFINISHED = ".unfinished_"
+_FOLDER = re.compile(r"step_(\d{6,})")
 
 
 @dataclass
@@ -50,8 +52,13 @@ def folder_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
+def step_of(name: str) -> int:
+    """The step of a checkpoint folder's name."""
+    return int(name.removeprefix("step_"))
+
+
 def write(log_dir: Path, state: TrainerState, save: Callable[[Path], None], *, keep: int) -> Path:
-    """Write checkpoint `state.step`; `save` puts the backend's files into the folder it is given. Keeps the last `keep`, 0 = all.
+    """Write checkpoint `state.step` and keep the last `keep` (0 = all); `save` puts the backend's files into a folder.
 
     On any failure the half-written folder is removed and the checkpoints that were there stay as they were.
     """
@@ -73,7 +80,8 @@ def write(log_dir: Path, state: TrainerState, save: Callable[[Path], None], *, k
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for old in _folders(log_dir)[keep:] if keep else ():
-        shutil.rmtree(old)
+        # The checkpoint is written; what cannot be removed now is tried again after the next one.
+        shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -81,29 +89,42 @@ def find(path: Path, say: Callable[[str], None]) -> Checkpoint:
     """The checkpoint to resume from: the newest complete one of a log folder, or exactly the one `path` names.
 
     A folder newer than the one trainer_state.json names may be half-written by a crash and is passed over. Damage to
-    the one that is named is never passed over: ConfigError names the file and offers the newest good one.
+    the one that is named is never passed over: ConfigError names the file and offers the newest good one before it.
     """
     if not path.is_dir():
-        raise ConfigError(f"resume.from = {path}: no such folder")
-    if path.parent.name == CHECKPOINTS and path.name.startswith("step_"):
-        return _open(path, path.parent.parent, others=_folders(path.parent.parent))
+        raise ConfigError(f"resume.from = {path}: no such folder. Give the log_dir of a run")
+    real = path.resolve()
+    if real in _folders(real.parent.parent):
+        return _open(real, real.parent.parent)
     folders = _folders(path)
     if not folders:
         raise ConfigError(
             f"resume.from = {path}: there is no checkpoint in it. Give the log_dir of a run that has written one "
             f"(it holds {TRAINER_STATE}), or start anew with another --log-dir"
         )
-    named = _named(path)
+    newest = named(path)
     for folder in folders:
-        if named is not None and folder.name <= named:
+        if newest is not None and step_of(folder.name) <= step_of(newest):
             break
         problem = durable.damage(folder)
         if problem is None:
-            return _open(folder, path, others=folders)
-        say(f"passing over {folder}: it was not written to the end ({problem})")
-    if named is None:
-        raise ConfigError(f"resume.from = {path}: no checkpoint in it is complete and {TRAINER_STATE} is missing")
-    return _open(path / CHECKPOINTS / named, path, others=folders)
+            return _open(folder, path)
+        say(f"passing over {folder}: it is not complete ({problem})")
+    if newest is None:
+        raise ConfigError(
+            f"resume.from = {path}: none of its {len(folders)} checkpoints is complete, and {TRAINER_STATE}, which "
+            "names the newest, is missing or unreadable. Start anew with another --log-dir"
+        )
+    return _open(path / CHECKPOINTS / newest, path)
+
+
+def named(log_dir: Path) -> str | None:
+    """Name of the checkpoint that trainer_state.json points at; None where that file is missing or unreadable."""
+    try:
+        name = Path(json.loads((log_dir / TRAINER_STATE).read_bytes())["checkpoint"]).name
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return name if _FOLDER.fullmatch(name) else None
 
 
 def discard_after(log_dir: Path, step: int) -> None:
@@ -111,34 +132,28 @@ def discard_after(log_dir: Path, step: int) -> None:
     for folder in (log_dir / CHECKPOINTS).glob(_UNFINISHED + "*"):
         shutil.rmtree(folder)
     for folder in _folders(log_dir):
-        if folder.name > folder_name(step):
+        if step_of(folder.name) > step:
             shutil.rmtree(folder)
 
 
 def _folders(log_dir: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
-    return sorted((log_dir / CHECKPOINTS).glob("step_*"), reverse=True)
+    """Checkpoint folders, newest first; a copy that somebody put beside them under another name is not one."""
+    found = [folder for folder in (log_dir / CHECKPOINTS).glob("step_*") if _FOLDER.fullmatch(folder.name)]
+    return sorted(found, key=lambda folder: step_of(folder.name), reverse=True)
 
 
-def _named(log_dir: Path) -> str | None:
-    """Name of the checkpoint that trainer_state.json points at; None where that file is missing or unreadable."""
-    try:
-        return Path(json.loads((log_dir / TRAINER_STATE).read_bytes())["checkpoint"]).name
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _open(folder: Path, log_dir: Path, *, others: list[Path]) -> Checkpoint:
+def _open(folder: Path, log_dir: Path) -> Checkpoint:
     problem = durable.damage(folder) if folder.is_dir() else "it is missing"
     if problem is not None:
-        good = next((other for other in others if other.name < folder.name and durable.damage(other) is None), None)
-        remedy = f"Go on from the previous good one with --resume {good}" if good else "No earlier one is left"
+        earlier = (other for other in _folders(log_dir) if step_of(other.name) < step_of(folder.name))
+        good = next((other for other in earlier if durable.damage(other) is None), None)
+        remedy = f"Go on from the previous good one with --resume {good}" if good else "No good one before it is left"
         raise ConfigError(f"checkpoint {folder} is damaged: {problem}. {remedy}")
     values = json.loads((folder / LOOP_STATE).read_bytes())
     known = {item.name for item in fields(TrainerState)}
     if set(values) != known:
         raise ConfigError(
             f"checkpoint {folder} was written by another version of retrain: {LOOP_STATE} has other keys "
-            f"({', '.join(sorted(set(values) ^ known))})"
+            f"({', '.join(sorted(set(values) ^ known))}). Resume it with that version"
         )
     return Checkpoint(folder, log_dir, TrainerState(**values))

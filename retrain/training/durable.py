@@ -12,17 +12,20 @@ MANIFEST = "manifest.json"
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write to a temporary name beside `path`, fsync, rename, fsync the folder."""
+    """Write to a temporary name beside `path`, fsync, rename, fsync the folder.
+
+    On OSError (a full disk, say) the old file is as it was and nothing else is left behind.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
+        temporary.replace(path)
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    temporary.replace(path)
     sync_folder(path.parent)
 
 
@@ -39,7 +42,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def seal(folder: Path, **facts: Any) -> None:
-    """fsync every file of `folder` and write a manifest of their sizes and SHA-256 digests, `facts` beside them."""
+    """fsync every file of `folder` and write a manifest of their sizes and SHA-256 digests, `facts` beside them.
+
+    The folder is flat. Sealing comes last: a folder without a manifest was not written to its end.
+    """
     files = {}
     for path in sorted(p for p in folder.iterdir() if p.name != MANIFEST):
         with path.open("rb") as file:
@@ -55,18 +61,22 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a sealed folder, or None: a missing manifest, a missing, truncated or altered file."""
     try:
         files = json.loads((folder / MANIFEST).read_bytes())["files"]
+        expected = {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is unreadable"
-    for name, facts in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        size = path.stat().st_size
-        if size != facts["bytes"]:
-            return f"{name} has {size} of {facts['bytes']} bytes"
+    return next(filter(None, (_file_damage(folder / name, *facts) for name, facts in expected.items())), None)
+
+
+def _file_damage(path: Path, size: int, digest: str) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != size:
+        return f"{path.name} has {path.stat().st_size} of {size} bytes"
+    try:
         with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
-                return f"{name} does not match its checksum"
-    return None
+            intact = hashlib.file_digest(file, "sha256").hexdigest() == digest
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
+    return None if intact else f"{path.name} does not match its checksum"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from retrain.inference import Engine
 from retrain.reward import Scorer
 from retrain.streams import stream_key
 from retrain.training.metrics import CORRECT
-from retrain.types import Example
+from retrain.types import Completion, Example
 
 Z95 = 1.959963984540054
 
@@ -38,21 +38,23 @@ class Evaluation:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that one of k draws without replacement from n samples, c of them right, is right.
+    """Chance that at least one of k draws without replacement from n samples, c of them right, is right.
 
-    Unbiased for pass@k (Chen et al. 2021, arXiv 2107.03374, equation 1).
+    Unbiased for pass@k (Chen et al. 2021, arXiv 2107.03374, equation 1). ValueError unless 0 <= c <= n and 1 <= k <= n.
     """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@{k} of {n} samples with {c} right: it takes 0 <= c <= n and 1 <= k <= n")
     return 1.0 if n - c < k else 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def rate_interval(values: Sequence[float]) -> Estimate:
     """Mean of per-problem values in [0, 1] with a 95% interval over problems.
 
-    Wilson's score interval, with the variance of the values in the place of p(1 - p): exact Wilson where every value is
-    0 or 1 (one sample a problem), narrower where several samples make a problem's value less noisy.
+    values: one or more. Wilson's score interval with the variance of the values in the place of p(1 - p): exactly
+    Wilson's where every value is 0 or 1 (one sample a problem), narrower where several samples make a value less noisy.
     """
-    n, mean = len(values), sum(values) / len(values)
-    spread = sum((value - mean) ** 2 for value in values) / n
+    n, mean = len(values), math.fsum(values) / len(values)
+    spread = math.fsum((value - mean) ** 2 for value in values) / n
     center = (mean + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * math.sqrt(spread / n + Z95**2 / (4 * n**2))
     return Estimate(mean, max(0.0, center - half), min(1.0, center + half))
@@ -70,28 +72,37 @@ def evaluate(
     seed: int,
     prompts_at_once: int,
 ) -> Evaluation:
-    """Sample `samples` completions of each example and score them. The same seed asks with the same noise every time."""
+    """Sample `samples` completions of each of one or more examples and score them.
+
+    pass@k for the powers of two up to `samples` and for `samples` itself. The same seed asks with the same noise every
+    time, example by example.
+    """
     counts: list[tuple[int, int]] = []
     errors = tokens = 0
     for start in range(0, len(examples), prompts_at_once):
-        part = examples[start : start + prompts_at_once]
-        streams_PG = np.array(
-            [[stream_key(seed, "eval", example.id, g) for g in range(samples)] for example in part], dtype=np.uint64
-        )
+        part = slice(start, start + prompts_at_once)
+        keys = [[stream_key(seed, "eval", example.id, g) for g in range(samples)] for example in examples[part]]
         groups = engine.generate(
-            prompt_tokens[start : start + prompts_at_once], streams_PG, max_tokens=max_tokens, temperature=temperature
+            prompt_tokens[part], np.array(keys, dtype=np.uint64), max_tokens=max_tokens, temperature=temperature
         )
-        for example, completions in zip(part, groups, strict=True):
-            scores = scorer.score([c.text for c in completions], [example.reference] * samples)
-            values = [score.value for score in scores if score.value is not None]
+        for values in _judge(scorer, examples[part], groups):
             errors += samples - len(values)
-            tokens += sum(map(len, completions))
-            if values:
-                counts.append((len(values), sum(value > CORRECT for value in values)))
-    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k <= samples]
+            counts.append((len(values), sum(value > CORRECT for value in values)))
+        tokens += sum(len(completion) for completions in groups for completion in completions)
     pass_at = {}
-    for k in ks:
-        values = [pass_at_k(n, c, k) for n, c in counts if n >= k]
-        if values:
-            pass_at[k] = rate_interval(values)
+    for k in sorted({2**i for i in range(samples.bit_length())} | {samples}):
+        rates = [pass_at_k(n, c, k) for n, c in counts if n >= k]
+        if rates:
+            pass_at[k] = rate_interval(rates)
     return Evaluation(len(examples), samples, errors, tokens / (len(examples) * samples), pass_at)
+
+
+def _judge(
+    scorer: Scorer, examples: Sequence[Example], groups: Sequence[Sequence[Completion]]
+) -> Iterator[list[float]]:
+    """The rewards of each example's completions, without those that could not be computed."""
+    pairs = [(c.text, example.reference) for example, group in zip(examples, groups, strict=True) for c in group]
+    verdicts = iter(scorer.score([text for text, _ in pairs], [reference for _, reference in pairs]))
+    for group in groups:
+        scores = [next(verdicts) for _ in group]
+        yield [score.value for score in scores if score.value is not None]

@@ -6,11 +6,13 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 from retrain.types import RetrainError
+
+STDERR = 2
 
 
 class Interrupted(RetrainError):
@@ -40,18 +42,21 @@ class Interrupts:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.pending:
-            os._exit(130)
+            os._exit(Interrupted.exit_status)
         self.pending = True
+        # Straight to the descriptor: a handler may come in the middle of a print.
+        with suppress(OSError):
+            os.write(STDERR, b"\nstopping at the next safe point; a second signal stops at once\n")
         if self._inside:
             raise Interrupted("stopped by a signal")
 
     @contextmanager
     def anywhere(self) -> Iterator[None]:
         """Inside, a signal takes effect at once: for long work that changes no state, such as sampling."""
-        if self.pending:
-            raise Interrupted("stopped by a signal")
-        self._inside = True
         try:
+            self._inside = True
+            if self.pending:
+                raise Interrupted("stopped by a signal")
             yield
         finally:
             self._inside = False

@@ -8,7 +8,7 @@ from typing import Any
 
 from retrain.types import Group
 
-# Rewards are verdicts between wrong (0) and right (1); a graded one counts as right from the middle on.
+# Rewards are verdicts between wrong (0) and right (1); a graded one counts as right above the middle.
 CORRECT = 0.5
 RUNNING_STEPS = 10
 
@@ -29,7 +29,7 @@ FROM_LEARNER = (
     "ref_kl",
 )
 BACKPRESSURE = ("bp_action", "bp_regime", "bp_p_star", "bp_sigma", "bp_kappa", "bp_throughput")
-# What may differ between two runs that are otherwise equal bit for bit.
+# Of a step, timed: `<stage>_time_s`.
 STAGES = ("sample", "reward", "train", "sync")
 # What may differ between two runs that are otherwise equal bit for bit.
 MEASURED = (*(f"{stage}_time_s" for stage in STAGES), "step_time_s", "tokens_per_s", "peak_memory_bytes")
@@ -65,15 +65,21 @@ def summarize(groups: Sequence[Group]) -> RewardSummary:
 
 
 def step_metrics(
-    *, summary: RewardSummary, learned: dict[str, float | None], recent_correct: Sequence[float], **facts: Any
+    *,
+    step: int,
+    condition: str,
+    summary: RewardSummary,
+    learned: dict[str, float | None],
+    recent_correct: Sequence[float],
+    **facts: Any,
 ) -> dict[str, Any]:
     """A line of metrics.jsonl. `learned` is empty where no group carried a gradient: those keys are null then.
 
     recent_correct: correct rates of the last RUNNING_STEPS steps, this one included. facts: the other keys.
     """
     return {
-        "step": facts.pop("step"),
-        "condition": facts.pop("condition"),
+        "step": step,
+        "condition": condition,
         **{key: learned.get(key) for key in FROM_LEARNER},
         "mean_reward": summary.mean_reward,
         "correct_rate": summary.correct_rate,

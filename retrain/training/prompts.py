@@ -37,17 +37,30 @@ def encode_prompts(
         for example, ids in zip(examples, encoded, strict=True)
         if not max_prompt_tokens or len(ids) <= max_prompt_tokens
     ]
-    if len(kept) < len(examples):
-        say(f"{len(examples) - len(kept)} of {len(examples)} examples are longer than training.max_prompt_tokens")
+    left_out = len(examples) - len(kept)
     if not kept:
-        raise ConfigError(f"every prompt is longer than training.max_prompt_tokens = {max_prompt_tokens}; raise it")
-    for example, ids in kept:
-        if len(ids) + max_tokens > context:
-            raise ConfigError(
-                f"a prompt of {len(ids)} tokens and training.max_tokens = {max_tokens} do not fit the model's context "
-                f"of {context}: lower training.max_tokens, or leave such prompts out with training.max_prompt_tokens = "
-                f'{max(context - max_tokens, 0)}. It begins "{example.prompt[:60]}"'
-            )
-        if len(ids) == 0:
-            raise ConfigError(f'the prompt "{example.prompt[:60]}" has no tokens; the model needs at least one')
+        shortest = min(map(len, encoded))
+        raise ConfigError(
+            f"every prompt is longer than training.max_prompt_tokens = {max_prompt_tokens}: raise it, the shortest has "
+            f"{shortest} tokens"
+        )
+    if left_out:
+        say(f"{left_out} of {len(examples)} examples are left out: longer than training.max_prompt_tokens")
+    _check_lengths(kept, context, max_tokens)
     return [example for example, _ in kept], [ids for _, ids in kept]
+
+
+def _check_lengths(kept: Sequence[tuple[Example, np.ndarray]], context: int, max_tokens: int) -> None:
+    shortest, longest = (pick(kept, key=lambda item: len(item[1])) for pick in (min, max))
+    if len(shortest[1]) == 0:
+        raise ConfigError(f"the prompt {shortest[0].prompt[:60]!r} has no tokens; the model needs at least one")
+    room = context - max_tokens
+    if len(longest[1]) <= room:
+        return
+    remedy = "lower training.max_tokens"
+    if room >= len(shortest[1]):
+        remedy += f", or leave such prompts out with training.max_prompt_tokens = {room}"
+    raise ConfigError(
+        f"a prompt of {len(longest[1])} tokens (the longest) and training.max_tokens = {max_tokens} do not fit the "
+        f"model's context of {context}: {remedy}. It begins {longest[0].prompt[:60]!r}"
+    )

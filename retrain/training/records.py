@@ -1,4 +1,7 @@
-"""Reading a run's records without reading all of them. Torch-free."""
+"""Reading a run's records (JSONL), whole or from the end. Torch-free.
+
+A line counts once its line break is written: what follows the last one is being written, or was cut short by a crash.
+"""
 
 from __future__ import annotations
 
@@ -7,37 +10,51 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from retrain.types import RetrainError
+
 _CHUNK = 65536
 
 
 def last_row(path: Path) -> dict[str, Any] | None:
-    """The last complete line of a JSONL file, read from its end; None for a missing or empty file."""
+    """The last complete line, found from the end of the file; None for a missing or empty file."""
     if not path.is_file():
         return None
     with path.open("rb") as file:
-        end = file.seek(0, 2)
-        tail = b""
-        while end > 0:
-            start = max(0, end - _CHUNK)
+        size, chunk = file.seek(0, 2), _CHUNK
+        while True:
+            start = max(0, size - chunk)
             file.seek(start)
-            tail = file.read(end - start) + tail
-            end = start
-            lines = [line for line in tail.split(b"\n")[(1 if start else 0) :] if line.strip()]
-            for line in reversed(lines):
-                try:
-                    return json.loads(line)
-                except ValueError:
-                    continue  # the line that is being written, or that a crash cut short
-    return None
+            # Without the unfinished line at the end and, unless this is the whole file, the first, which is cut.
+            lines = file.read(size - start).split(b"\n")[0 if start == 0 else 1 : -1]
+            if lines:
+                return _parse(lines[-1], f"{path}: its last line")
+            if start == 0:
+                return None
+            chunk *= 2
 
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a JSONL file, without one that a crash cut short at its end."""
+    """The complete lines in their order; none for a missing file."""
+    return (row for _, row in numbered(path))
+
+
+def numbered(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(bytes up to and including the line, line) of every complete line. Raises RetrainError at one that is damaged."""
     if not path.is_file():
         return
+    end = 0
     with path.open("rb") as file:
-        for line in file:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                return
+        for number, line in enumerate(file, start=1):
+            if line.endswith(b"\n"):
+                end += len(line)
+                yield end, _parse(line, f"{path}:{number}")
+
+
+def _parse(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise RetrainError(f"{place} is not a record of a step: the file is damaged. Repair or remove that line")
+    return row

@@ -1,0 +1,55 @@
+# Everything a newcomer needs is `make demo` and `make test`; both set up .venv by themselves.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := $(shell date -u +%Y%m%d-%H%M%S)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check docs tiny smollm2 test-smollm2 clean
+
+help:  ## what there is
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/make \1\t\2/' | expand -t 22
+
+demo: .venv/core  ## train the embedded model on a CPU, a few minutes
+	$(BIN)/retrain configs/quickstart.toml --log-dir logs/demo-$(STAMP)
+
+test: .venv/dev  ## the test suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+check: .venv/dev  ## lint, types, import layers, generated docs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/gen_docs.py --check
+
+docs: .venv/dev  ## write the generated pages of docs/
+	$(BIN)/python scripts/gen_docs.py
+
+tiny: .venv/core  ## build the embedded model again, from nothing (ten minutes)
+	$(BIN)/python scripts/build_tiny.py
+
+smollm2: models/SmolLM2-135M-Instruct/config.json  ## train SmolLM2-135M-Instruct on a CPU
+	$(BIN)/retrain configs/smollm2.toml --log-dir logs/smollm2-$(STAMP)
+
+test-smollm2: .venv/dev models/SmolLM2-135M-Instruct/config.json  ## the tests that need SmolLM2
+	$(BIN)/python -m pytest -m smollm2 tests/smollm2
+
+models/SmolLM2-135M-Instruct/config.json: | .venv/core
+	$(BIN)/python -m pip install --quiet --editable ".[gguf]"
+	$(BIN)/python scripts/get_smollm2.py models/SmolLM2-135M-Instruct
+
+clean:  ## remove .venv and what the tools leave behind
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("retrain needs Python 3.11 or newer, this is %d.%d: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+
+.venv/core: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+.venv/dev: .venv/core
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@

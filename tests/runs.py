@@ -1,0 +1,106 @@
+"""Running the real command in the tests, and comparing what two runs left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from retrain.training.metrics import MEASURED
+
+SMALL = """
+[backend]
+devices = "cpu"
+[model]
+model = "builtin:tiny"
+lora_rank = 4
+[lora]
+dropout = 0.1
+[algorithm]
+advantage_mode = "grpo"
+transform_mode = "gtpo_sepa_hicra"
+[training]
+seed = 11
+max_steps = 6
+batch_size = 2
+group_size = 4
+max_tokens = 12
+temperature = 1.0
+lr = 1e-3
+save_every = 2
+micro_batch_tokens = 64
+gradient_checkpointing = false
+lr_schedule = "cosine"
+[sepa]
+steps = 4
+delay_steps = 1
+correct_rate_gate = 0.0
+schedule = "auto"
+warmup = 2
+[data]
+source = "arithmetic"
+[logging]
+log_dir = "{log_dir}"
+"""
+
+
+def write_config(folder: Path, log_dir: Path, extra: str = "") -> Path:
+    path = folder / "config.toml"
+    path.write_text(SMALL.replace("{log_dir}", str(log_dir)) + extra, encoding="utf-8")
+    return path
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def retrain(*arguments: object, cwd: Path | None = None, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "retrain", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment(), cwd=cwd, timeout=timeout, check=False
+    )
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "retrain", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def unmeasured(row: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics without what a clock or the operating system says."""
+    return {key: value for key, value in row.items() if key not in MEASURED}
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Bit for bit: metrics that are not times, generations, the final adapter, and the last checkpoint's state."""
+    assert [unmeasured(row) for row in lines(a / "metrics.jsonl")] == [
+        unmeasured(row) for row in lines(b / "metrics.jsonl")
+    ]
+    assert (a / "generations.jsonl").read_bytes() == (b / "generations.jsonl").read_bytes()
+    last = json.loads((a / "trainer_state.json").read_text())["checkpoint"]
+    assert json.loads((b / "trainer_state.json").read_text())["checkpoint"] == last
+    for name in ("final/adapter_model.safetensors", f"{last}/adapter_model.safetensors", f"{last}/loop.json"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    assert_same_state(a / last / "trainer.pt", b / last / "trainer.pt")
+
+
+def assert_same_state(a: Path, b: Path) -> None:
+    import torch
+
+    def flat(value: Any, place: str = "") -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {k: v for key, inner in value.items() for k, v in flat(inner, f"{place}/{key}").items()}
+        return {place: value}
+
+    left, right = (flat(torch.load(path, weights_only=True)) for path in (a, b))
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        equal = torch.equal(value, right[key]) if isinstance(value, torch.Tensor) else value == right[key]
+        assert equal, key
