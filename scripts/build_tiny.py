@@ -38,7 +38,7 @@ CHAT_TEMPLATE = """\
 
 TOKENIZER_SEED, TRAINING_SEED = 1, 2
 TOKENIZER_SAMPLES = 4000
-BATCH, WARMUP = 128, 30
+BATCH, WARMUP = 64, 30
 
 
 class Lesson(NamedTuple):
@@ -49,7 +49,7 @@ class Lesson(NamedTuple):
     peak_lr: float
 
 
-LESSONS = (Lesson(CAREFUL_ONLY, 350, 3e-3), Lesson(MIXTURE, 450, 2e-3))
+LESSONS = (Lesson(CAREFUL_ONLY, 500, 3e-3), Lesson(MIXTURE, 1200, 2e-3))
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -150,7 +150,7 @@ def teach(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 50 == 0:
+        if step % 100 == 0:
             print(f"{name}  step {step:4d}  loss {loss.item():.4f}  {time.perf_counter() - started:4.0f} s", flush=True)
 
 

@@ -47,7 +47,7 @@ def test_another_seed_is_another_run(whole: Path, tmp_path: Path) -> None:
     assert lines(whole / "generations.jsonl")[0] != lines(tmp_path / "run" / "generations.jsonl")[0]
 
 
-@pytest.mark.parametrize("step", [1, 2, 4, 5])
+@pytest.mark.parametrize("step", [1, 4])
 def test_killed(whole: Path, tmp_path: Path, step: int) -> None:
     log_dir = tmp_path / "run"
     process = start(write_config(tmp_path, log_dir))
@@ -58,8 +58,7 @@ def test_killed(whole: Path, tmp_path: Path, step: int) -> None:
     assert_same_run(whole, log_dir)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize(("step", "number"), [(1, signal.SIGTERM), (3, signal.SIGINT)])
 def test_stopped(whole: Path, tmp_path: Path, step: int, number: signal.Signals) -> None:
     log_dir = tmp_path / "run"
     process = start(write_config(tmp_path, log_dir))
@@ -143,18 +142,15 @@ def test_folder_without_checkpoint(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "missing"])
+@pytest.mark.parametrize("damage", ["empty", "flipped"])
 def test_damaged_checkpoint_is_named_and_the_good_one_works(whole: Path, tmp_path: Path, damage: str) -> None:
     log_dir = tmp_path / "run"
     shutil.copytree(whole, log_dir)
     shutil.rmtree(log_dir / "final")
     victim = log_dir / "checkpoints" / "step_000006" / "adapter_model.safetensors"
     data = bytearray(victim.read_bytes())
-    if damage == "missing":
-        victim.unlink()
-    else:
-        data[len(data) // 2] ^= 1
-        victim.write_bytes({"truncated": data[:100], "empty": b"", "flipped": data}[damage])
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data if damage == "flipped" else b"")
     config = log_dir / "config.toml"
     done = retrain(config, "--resume", log_dir, "--log-dir", log_dir)
     assert done.returncode == 2

@@ -132,7 +132,8 @@ def test_plans_in_some_of_its_tokens(sampled, tokenizer):
 def test_ends_by_itself(sampled, tokenizer):
     ended = [tokens for _, tokens in sampled if tokens[-1] == tokenizer.eos_token_id]
     assert len(ended) / len(sampled) >= 0.98
-    assert max(map(len, ended)) <= 60
+    lengths = sorted(map(len, ended))
+    assert lengths[int(0.98 * len(lengths))] <= 56
 
 
 def test_samples_no_token_that_it_was_never_taught(sampled, tokenizer):
@@ -165,6 +166,7 @@ def test_model_shape_is_what_the_script_builds(build_tiny, model):
 
 def test_corpus_repeats_and_fits(build_tiny, tokenizer):
     from tiny_corpus import MIXTURE, careful, completions
+
     pairs = list(islice(completions(MIXTURE, 5), 2000))
     assert pairs == list(islice(completions(MIXTURE, 5), 2000))
     assert pairs != list(islice(completions(MIXTURE, 6), 2000))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,8 @@ reward_time_s train_time_s sync_time_s step_time_s tokens_per_s peak_memory_byte
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    flags = ("--data-eval-fraction", 0.1, "--eval-every", 3, "--eval-examples", 8, "--group-size", 8)
-    flags = ("--eval-fraction", *flags[1:])
-    done = retrain(write_config(folder, folder / "run"), *flags, "--max-tokens", 64)
+    flags = ["--eval-fraction", 0.1, "--eval-every", 3, "--eval-examples", 8, "--group-size", 8, "--max-tokens", 64]
+    done = retrain(write_config(folder, folder / "run"), *flags, "--lora-dropout", 0)
     assert done.returncode == 0, done.stderr
     (folder / "stdout").write_text(done.stdout)
     assert done.stderr == ""
@@ -123,7 +123,9 @@ def test_final_adapter_works_with_peft_alone(run: Path) -> None:
     streams = np.arange(4, dtype=np.uint64)[None]
     (completions,) = engine.generate([np.array(prompt)], streams, max_tokens=40, temperature=1.0)
     base = AutoModelForCausalLM.from_pretrained(resolve_model("builtin:tiny"), dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, str(run / "final")).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's use of a name that transformers deprecates
+        model = PeftModel.from_pretrained(base, str(run / "final")).eval()
     for completion in completions:
         ids = torch.tensor([[*prompt, *completion.tokens_T]])
         with torch.no_grad():
@@ -152,7 +154,7 @@ def test_base_digest_is_that_of_the_files(run: Path) -> None:
 
 
 def test_eval_command(run: Path) -> None:
-    done = retrain("eval", run / "config.toml", "--adapter", run / "final", "--json", "--eval-samples", 4)
+    done = retrain("eval", run / "config.toml", "--adapter", run / "final", "--json", "--samples", 4, "--eval-temperature", 1)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["examples"] == 8
@@ -188,7 +190,7 @@ def test_refused_before_anything_is_written(tmp_path: Path, flags: list[str], ne
 
 def test_config_mistakes_name_the_place(tmp_path: Path) -> None:
     for text, needle in {
-        "[training]\nlr = ": "line 2",
+        "[training]\nlr = ": "broken.toml:2:",
         "[trainin]\nlr = 1e-3\n": "[training]",
         "[training]\nlearning_rate = 1e-3\n": "lr",
         '[training]\nlr = "fast"\n': "training.lr",

@@ -30,7 +30,8 @@ def resolve_device(name: str, say: Callable[[str], None]) -> torch.device:
     if index < count:
         return torch.device("cuda", index)
     if count:
-        raise ConfigError(f'backend.devices = "{name}": this machine has gpu:0 to gpu:{count - 1}')
+        there = "gpu:0" if count == 1 else f"gpu:0 to gpu:{count - 1}"
+        raise ConfigError(f'backend.devices = "{name}": this machine has {there}')
     if index:
         raise ConfigError(f'backend.devices = "{name}": this machine has no GPU; use "cpu"')
     fallback = torch.device("mps" if torch.backends.mps.is_available() else "cpu")

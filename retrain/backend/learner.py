@@ -163,9 +163,15 @@ class Learner:
         hidden_RSD = self.policy.hidden(micro.tokens_RS, positions, micro.mask)
         hidden_ND = hidden_RSD.flatten(0, 1).index_select(0, micro.predictor_N)
         head = self.policy.head
-        return linear_logprob(
+        logprob_N, entropy_N = linear_logprob(
             hidden_ND, head.weight, micro.targets_N, bias=head.bias, temperature=self.training.temperature
         )
+        if not (logprob_N.isfinite() & entropy_N.isfinite()).all():
+            raise RetrainError(
+                "the model's log-probabilities are not finite: the adapter has diverged, or the number format is too "
+                "narrow. Go back to an earlier checkpoint, with a lower training.lr or in fp32"
+            )
+        return logprob_N, entropy_N
 
     @torch.no_grad()
     def _reference(self, micro: MicroBatch) -> Tensor:
@@ -234,7 +240,7 @@ def can_share_prompts(policy: Policy) -> bool:
 
     shared, separate = hidden(True), hidden(False)
     tolerance = 1e-3 if policy.head.weight.dtype == torch.float32 else 5e-2
-    return ((shared - separate).norm() <= tolerance * separate.norm()).item()
+    return bool((shared - separate).norm() <= tolerance * separate.norm())
 
 
 def _gap(passes: Sequence[_Pass]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from retrain.backend import rng
@@ -49,8 +51,8 @@ class LocalBackend:
 
     def save_adapter(self, folder: Path) -> None:
         state = {key: value.detach().cpu().contiguous() for key, value in self._adapter_state().items()}
-        save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        config = copy.copy(self.policy.peft.peft_config["default"])
+        (folder / ADAPTER_WEIGHTS).write_bytes(safetensors_bytes(state, metadata={"format": "pt"}))
+        config: Any = copy.copy(self.policy.peft.peft_config["default"])
         config.inference_mode = True
         # A set has another order in every process, and a run's files are to be the same bit for bit.
         config.target_modules = sorted(config.target_modules)
@@ -78,7 +80,10 @@ class LocalBackend:
 
     def save(self, folder: Path) -> None:
         self.save_adapter(folder)
-        torch.save({"optimizer": self.learner.optimizer.state_dict(), "rng": rng.capture()}, folder / TRAINER_TENSORS)
+        # Through memory: on a full disk torch.save fails with an error of its own that hides the reason.
+        buffer = io.BytesIO()
+        torch.save({"optimizer": self.learner.optimizer.state_dict(), "rng": rng.capture()}, buffer)
+        (folder / TRAINER_TENSORS).write_bytes(buffer.getbuffer())
 
     def load(self, folder: Path) -> None:
         self.load_adapter(folder)

@@ -90,9 +90,12 @@ def load_policy(
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     eos_ids = _eos_ids(base, tokenizer, model.model)
-    peft = _attach(base, model, lora, lora_seed)
-    if training.gradient_checkpointing:
-        peft.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with warnings.catch_warnings():
+        # transformers is renaming these, PEFT has not followed, and only the old names work in every version we take.
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+        peft = _attach(base, model, lora, lora_seed)
+        if training.gradient_checkpointing:
+            peft.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     peft.to(device)
     peft.eval()
     context = getattr(base.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
@@ -111,7 +114,7 @@ def _load_base(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(path)
         _disable_dropout(config)
-        base, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -121,6 +124,7 @@ def _load_base(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
             f'model.model = "{name}" cannot be loaded as a causal language model: {reason:.300}. '
             'Write a folder, a hub id that is cached or can be reached, or "builtin:tiny"'
         ) from error
+    base, report = loaded
     if report["missing_keys"]:
         raise ConfigError(
             f'model.model = "{name}": its files hold no weights for {", ".join(sorted(report["missing_keys"])[:3])}, '
@@ -166,9 +170,7 @@ def _attach(base: Any, model: ModelConfig, lora: LoraConfig, seed: int) -> PeftM
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
         base_model_name_or_path=resolve_model(model.model),
     )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # PEFT asks transformers under the old name of this property; nothing a user could change.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft = get_peft_model(base, adapter)
     assert isinstance(peft, PeftModel)

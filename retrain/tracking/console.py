@@ -6,11 +6,12 @@ import sys
 import time
 from typing import Any
 
+from rich.columns import Columns
 from rich.console import Console, Group
 from rich.live import Live
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 from retrain.training.metrics import CORRECT, RUNNING_STEPS
@@ -75,8 +76,7 @@ class ConsoleObserver:
         return "  ".join(parts)
 
     def _panel(self, metrics: dict[str, Any], sample: dict[str, Any] | None) -> Panel:
-        facts = Table.grid(padding=(0, 3))
-        facts.add_row(
+        facts = (
             f"correct [bold]{percent(metrics['correct_rate'])}[/]",
             f"last {RUNNING_STEPS} [bold]{percent(metrics['running_correct_rate'])}[/]",
             f"reward {number(metrics['mean_reward'])}",
@@ -84,7 +84,11 @@ class ConsoleObserver:
             f"entropy {number(metrics['entropy_mean'])}",
             f"{metrics['tokens_per_s']:.0f} tok/s",
         )
-        parts: list[Any] = [ProgressBar(total=self.max_steps, completed=metrics["step"]), facts]
+        # Columns, unlike one line, breaks between facts where the terminal is narrow.
+        parts: list[Any] = [
+            Padding(ProgressBar(total=self.max_steps, completed=metrics["step"]), 0),  # alone, it ends no line
+            Columns([Text.from_markup(fact) for fact in facts], padding=(0, 3)),
+        ]
         if metrics["reward_errors"]:
             parts.append(Text(f"{metrics['reward_errors']} rewards could not be computed", style="red"))
         if sample is not None:

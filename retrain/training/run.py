@@ -114,6 +114,7 @@ def open_run(config: Config, start: Checkpoint | None, interrupts: Interrupts, o
 
     if start:
         backend.load(start.folder)
+    detect = planning.open_detector(config.planning.detector, backend.tokenizer, grams=config.logging.strategic_grams)
     section = {key: getattr(config.sepa, key) for key in type(config.sepa).model_fields}
     return Run(
         config=config,
@@ -124,9 +125,7 @@ def open_run(config: Config, start: Checkpoint | None, interrupts: Interrupts, o
         collector=Collector(
             examples, prompt_tokens, engine, scorer, state.seed, config.training, config.algorithm, config.data
         ),
-        detect=planning.open_detector(
-            config.planning.detector, backend.tokenizer, grams=config.logging.strategic_grams
-        ),
+        detect=detect,
         sepa=SepaController.from_state(state.sepa, **section) if state.sepa else SepaController(**section),
         interrupts=interrupts,
         observer=observer,
