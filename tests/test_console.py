@@ -13,6 +13,14 @@ from retrain.tracking.console import SHOWN_CHARACTERS, SHOWN_LINES, ConsoleObser
 from retrain.tracking.summary import closing_summary
 
 
+@pytest.fixture(autouse=True)
+def clock_at(monkeypatch):
+    """The time that the view reads; it stands still unless a test moves it."""
+    now = [1000.0]
+    monkeypatch.setattr("retrain.tracking.console.monotonic", lambda: now[0])
+    return now
+
+
 def metrics(step=1, **keys):
     return {
         "step": step,
@@ -182,15 +190,13 @@ def test_saying_something_above_the_panel():
     assert console.file.getvalue().endswith("\x1b[?25h"), "the cursor is given back"
 
 
-def test_time_left_counts_this_session_only(monkeypatch):
+def test_time_left_counts_this_session_only(clock_at):
     """Resumed at step 40 of 60: two seconds a step, so 36 after one step and 34 after two."""
-    now = [1000.0]
-    monkeypatch.setattr("retrain.tracking.console.time.monotonic", lambda: now[0])
     observer = ConsoleObserver(60, console=Console(file=io.StringIO()))
-    now[0] = 1100.0  # a long load
+    clock_at[0] = 1100.0  # a long load
     observer.on_step(metrics(41), [])
     assert observer.seconds_left(41) == pytest.approx(2 * 19)
-    now[0] = 1104.0  # the second step took four seconds
+    clock_at[0] = 1104.0  # the second step took four seconds
     observer.on_step(metrics(42), [])
     assert observer.seconds_left(42) == pytest.approx(3 * 18)
     assert observer.seconds_left(60) == 0

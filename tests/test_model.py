@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 
 import models
 import numpy as np
@@ -188,8 +185,8 @@ def test_the_seed_decides_the_first_adapter(open_local):
 
 def test_targets_by_name(open_local):
     backend = open_local("qwen3", lora__target_modules=["q_proj", "down_proj"])
-    assert {name.split(".")[-3] for name in adapter(backend)} == {"q_proj", "down_proj"}
-    assert {name.split(".")[-3] for name in adapter(open_local("gpt2", lora__target_modules=["c_attn"]))} == {"c_attn"}
+    assert {name.split(".")[-4] for name in adapter(backend)} == {"q_proj", "down_proj"}
+    assert {name.split(".")[-4] for name in adapter(open_local("gpt2", lora__target_modules=["c_attn"]))} == {"c_attn"}
 
 
 @pytest.mark.parametrize("kind", models.PLAIN)
@@ -229,19 +226,14 @@ def test_peft_alone_loads_the_adapter_and_gives_the_same_log_probs(kind, use_rsl
     assert (base[0] - own[0]).abs().max() > 1e-2
 
 
-def test_saving_is_the_same_to_the_bit_in_every_process(model_folder, tmp_path):
-    """A set of strings has another order in each process unless its hash is fixed."""
-    script = (
-        "import sys, models; from pathlib import Path; from retrain.backend.local import LocalBackend;"
-        "config = models.config_for(sys.argv[1], training__seed=1); Path(sys.argv[2]).mkdir();"
-        "LocalBackend(config, seed=1, say=print).save_adapter(Path(sys.argv[2]))"
-    )
-    for salt in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": salt, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", script, str(model_folder("qwen3")), str(tmp_path / salt)]
-        subprocess.run(command, check=True, env=environment, cwd=models.__file__.rpartition("/")[0], timeout=120)
-    for path in (tmp_path / "1").iterdir():
-        assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes(), path.name
+def test_the_adapter_config_has_no_order_of_chance(open_local, tmp_path):
+    """PEFT keeps a set of names, which has another order in each process."""
+    backend = open_local("qwen3")
+    backend.save_adapter(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["target_modules"] == sorted(backend.policy.peft.peft_config["default"].target_modules)
+    assert saved["inference_mode"] is True
+    assert backend.policy.peft.peft_config["default"].inference_mode is False
 
 
 def test_loading_an_adapter_restores_it_and_refuses_another_shape(open_local, tmp_path):
@@ -254,7 +246,7 @@ def test_loading_an_adapter_restores_it_and_refuses_another_shape(open_local, tm
     for other in (
         open_local("qwen3", model__lora_rank=8),
         open_local("qwen3", lora__target_modules=["q_proj"]),
-        open_local("llama"),
+        open_local("gpt2"),
     ):
         before = adapter(other)
         with pytest.raises(RetrainError, match="does not fit this config"):

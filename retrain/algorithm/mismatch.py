@@ -6,8 +6,9 @@ training") and its masked form. Only with recomputed old log-probs: otherwise th
 
 from __future__ import annotations
 
-from retrain_kernels.packed import owner_of, segment_sum
 from torch import Tensor
+
+from retrain_kernels.packed import owner_of, segment_sum
 
 LOG_RATIO_LIMIT = 20.0
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from retrain_kernels.token_advantages import TRANSFORM_MODES, token_advantages
 from torch import Tensor
 
 from retrain.algorithm.choices import check_choice
 from retrain.algorithm.plugins import load_tensor_function
 from retrain.plugin import is_dotted_path
+from retrain_kernels.token_advantages import TRANSFORM_MODES, token_advantages
 
 KEY = "algorithm.transform_mode"
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from retrain_kernels.token_advantages.reference import MAX_UNCERTAINTY
 from torch import Tensor
 
 from retrain.algorithm.choices import check_choice
 from retrain.types import ConfigError
+from retrain_kernels.token_advantages.reference import MAX_UNCERTAINTY
 
 KEY = "algorithm.uncertainty"
 

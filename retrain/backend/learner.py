@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from retrain_kernels import linear_logprob, policy_loss
 from torch import Tensor
 
 from retrain.algorithm.mismatch import mismatch_weights
@@ -20,6 +19,7 @@ from retrain.algorithm.uncertainty import resolve, token_uncertainty
 from retrain.backend.model import Policy
 from retrain.backend.packing import MicroBatch, pack
 from retrain.types import Batch, RetrainError, Rollout, StepResult
+from retrain_kernels import linear_logprob, policy_loss
 
 if TYPE_CHECKING:
     from retrain.config import Config

@@ -20,7 +20,7 @@ def run(argv: Sequence[str]) -> int:
     adapter = parsed.options["adapter"]
     if adapter and not Path(adapter, "adapter_config.json").is_file():
         raise ConfigError(f"--adapter {adapter}: no adapter in that folder (there is no adapter_config.json)")
-    from retrain.training.run import evaluate_adapter
+    from retrain.training.heldout import evaluate_adapter
 
     say = _quiet if parsed.options["json"] else print
     result = evaluate_adapter(config, Path(adapter) if adapter else None, say=say)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
+from time import monotonic
 from typing import Any
 
 from rich.columns import Columns
@@ -27,7 +27,7 @@ class ConsoleObserver:
     def __init__(self, max_steps: int, *, console: Console | None = None) -> None:
         self.max_steps = max_steps
         self.console = console or Console(file=sys.stdout, highlight=False)
-        self._began = time.monotonic()
+        self._began = monotonic()
         self._first_step: int | None = None
         self._live = Live(console=self.console, refresh_per_second=4) if self.console.is_interactive else None
 
@@ -45,7 +45,7 @@ class ConsoleObserver:
     def on_step(self, metrics: dict[str, Any], generations: list[dict[str, Any]]) -> None:
         if self._first_step is None:
             self._first_step = metrics["step"] - 1
-            self._began = time.monotonic() - metrics["step_time_s"]
+            self._began = monotonic() - metrics["step_time_s"]
         if self._live is None:
             self.say(self._line(metrics))
             return
@@ -56,7 +56,7 @@ class ConsoleObserver:
     def seconds_left(self, step: int) -> float:
         """From the pace of this session's steps, evaluations and checkpoints included."""
         done = step - (self._first_step or 0)
-        return (time.monotonic() - self._began) / done * (self.max_steps - step)
+        return (monotonic() - self._began) / done * (self.max_steps - step)
 
     def _line(self, metrics: dict[str, Any]) -> str:
         parts = [

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,34 +13,24 @@ from typing import TYPE_CHECKING, Any
 from retrain import data, planning, reward
 from retrain.algorithm.sepa import SepaController
 from retrain.backend import open_backend
-from retrain.config import KEYS, check_available, dump_toml, load_config, value_of, without_effect
+from retrain.config import check_available, dump_toml, without_effect
 from retrain.inference import open_engine
 from retrain.training import checkpoint, durable
 from retrain.training.checkpoint import Checkpoint, TrainerState
 from retrain.training.collect import Collector
-from retrain.training.evaluate import Evaluation, evaluate
-from retrain.training.folder import CONFIG, FINAL, METRICS, RunFolder, copy_records, holds_run
+from retrain.training.evaluate import Evaluation
+from retrain.training.folder import CONFIG, FINAL, METRICS, RunFolder, copy_records
+from retrain.training.heldout import evaluate_held_out
 from retrain.training.interrupt import Interrupted, Interrupts
 from retrain.training.loop import Observer, Run, run_steps, save
 from retrain.training.metadata import Metadata
 from retrain.training.prompts import encode_prompts
 from retrain.training.records import last_row
+from retrain.training.start import changed_keys, find_start, is_finished, resume_hint, same_folder
 from retrain.types import ConfigError, RetrainError
 
 if TYPE_CHECKING:
     from retrain.config import Config
-
-# What may differ when a run goes on: how long, what is written and measured, and what changes no number but rounding.
-CHANGEABLE = {
-    "training.max_steps",
-    "training.save_every",
-    "training.keep_checkpoints",
-    "training.micro_batch_tokens",
-    "training.gradient_checkpointing",
-    "backend.devices",
-    "inference.max_logprob_gap",
-}
-CHANGEABLE_SECTIONS = {"logging", "resume", "eval"}
 
 
 @dataclass(frozen=True)
@@ -75,8 +63,8 @@ def train(config: Config, *, observer: Observer | None = None) -> TrainResult:
     observer = observer or LogObserver()
     check_available(config)
     log_dir = Path(config.logging.log_dir)
-    start = _find_start(config, log_dir, observer)
-    if start is not None and start.state.step >= config.training.max_steps and _is_final(log_dir, start):
+    start = find_start(config, log_dir, observer.say)
+    if start is not None and start.state.step >= config.training.max_steps and is_finished(log_dir, start):
         observer.say(f"{log_dir} is finished: it has {start.state.step} steps. Raise --max-steps to go on")
         return TrainResult(log_dir, start.state.step, last_row(log_dir / METRICS))
     with Interrupts() as interrupts:
@@ -143,8 +131,8 @@ def _begin(run: Run, start: Checkpoint | None) -> Metadata:
     else:
         copy_records(start.log_dir, log_dir, up_to=start.state.step)
         checkpoint.discard_after(log_dir, start.state.step)
-        resumed = {"from": str(start.folder), "changed": _changed_keys(config, start)}
-        run.saved_step = start.state.step if _same(start.log_dir, log_dir) else None
+        resumed = {"from": str(start.folder), "changed": changed_keys(config, start)}
+        run.saved_step = start.state.step if same_folder(start.log_dir, log_dir) else None
         save(run)
     resolved = config.model_copy(update={"resume": type(config.resume)()})
     durable.write_bytes(log_dir / CONFIG, dump_toml(resolved).encode())
@@ -167,7 +155,7 @@ def _finish(run: Run, metadata: Metadata) -> TrainResult:
         save(run)
         _write_final(run)
         if run.backend.base_digest() != metadata.content["base_sha256"]:
-            raise RetrainError("the base model's weights changed during the run; so its results are void")
+            raise RetrainError("the base model's weights changed during the run: its results are void")
         status = "finished"
     except Interrupted:
         save(run)
@@ -185,112 +173,6 @@ def _finish(run: Run, metadata: Metadata) -> TrainResult:
         with suppress(OSError):
             metadata.close(step=run.state.step, status=status)
     return TrainResult(log_dir, run.state.step, last_row(log_dir / METRICS))
-
-
-def resume_hint(log_dir: Path) -> str:
-    return f"Go on with: retrain {log_dir / CONFIG} --resume {log_dir}"
-
-
-def evaluate_adapter(config: Config, adapter: Path | None, *, say: Callable[[str], None]) -> Evaluation:
-    """`[eval]` on the held-out examples of `config`, with the adapter in a folder or (None) the base model alone.
-
-    Raises ConfigError where nothing is held out, RetrainError where the adapter is not for this model.
-    """
-    seed = max(config.training.seed, 0)
-    dataset = data.load(config.data)
-    if not dataset.eval:
-        raise ConfigError("there are no held-out examples to evaluate on: set data.eval_fraction, such as 0.1")
-    backend = open_backend(_shaped_like(config, adapter), seed=seed, say=say)
-    if adapter:
-        backend.load_adapter(adapter)
-    examples, prompt_tokens = encode_prompts(
-        dataset.eval,
-        backend.tokenizer,
-        context=backend.context,
-        max_tokens=config.training.max_tokens,
-        max_prompt_tokens=config.training.max_prompt_tokens,
-        say=say,
-    )
-    scorer = reward.open_scorer(config.reward.type)
-    try:
-        return evaluate_held_out(
-            config, open_engine(config.inference, backend), scorer, examples, prompt_tokens, seed=seed
-        )
-    finally:
-        scorer.close()
-
-
-def _shaped_like(config: Config, adapter: Path | None) -> Config:
-    """The config with the LoRA shape of the adapter: one of another rank can be evaluated as well."""
-    if adapter is None:
-        return config
-    shape = json.loads((adapter / "adapter_config.json").read_bytes())
-    lora = {"alpha": shape["lora_alpha"], "use_rslora": shape["use_rslora"]}
-    lora["target_modules"] = tuple(sorted(shape["target_modules"]))
-    return config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"lora_rank": shape["r"]}),
-            "lora": config.lora.model_copy(update=lora),
-        }
-    )
-
-
-def evaluate_held_out(
-    config: Config, engine: Any, scorer: reward.Scorer, examples: list, prompt_tokens: list, *, seed: int
-) -> Evaluation:
-    """`[eval]` on at most `eval.examples` held-out examples, chosen by content: always the same ones."""
-    order = sorted(range(len(examples)), key=lambda i: examples[i].id)[: config.eval.examples]
-    return evaluate(
-        engine,
-        scorer,
-        [examples[i] for i in order],
-        [prompt_tokens[i] for i in order],
-        samples=config.eval.samples,
-        temperature=config.eval.temperature,
-        max_tokens=config.training.max_tokens,
-        seed=seed,
-        prompts_at_once=max(1, config.training.batch_size * config.training.group_size // config.eval.samples),
-    )
-
-
-def _find_start(config: Config, log_dir: Path, observer: Observer) -> Checkpoint | None:
-    source = config.resume.from_
-    start = checkpoint.find(Path(source), observer.say) if source else None
-    if start is not None:
-        refused = [key for key in _changed_keys(config, start) if not _changeable(key)]
-        if refused:
-            raise ConfigError(
-                f"the run in {start.log_dir} was made with other values of {', '.join(refused)}; resumed with these it "
-                f"would be neither run. Use its own config: retrain {start.log_dir / CONFIG} --resume {source}"
-            )
-    if holds_run(log_dir) and (start is None or not _same(start.log_dir, log_dir)):
-        raise ConfigError(
-            f"logging.log_dir = {log_dir} already holds a run, which is never written over. {resume_hint(log_dir)}, "
-            "or give another --log-dir"
-        )
-    return start
-
-
-def _changed_keys(config: Config, start: Checkpoint) -> dict[str, list[Any]]:
-    """`section.key` -> [value of the run that is resumed, value now]."""
-    path = start.log_dir / CONFIG
-    if not path.is_file():
-        raise ConfigError(f"resume.from = {start.log_dir}: its {CONFIG} is missing, so the run cannot be compared")
-    was = load_config(path)
-    values = {name: [value_of(was, key), value_of(config, key)] for name, key in KEYS.items()}
-    return {name: pair for name, pair in values.items() if pair[0] != pair[1] and not name.startswith("resume.")}
-
-
-def _changeable(key: str) -> bool:
-    return key in CHANGEABLE or key.partition(".")[0] in CHANGEABLE_SECTIONS
-
-
-def _same(a: Path, b: Path) -> bool:
-    return a.resolve() == b.resolve()
-
-
-def _is_final(log_dir: Path, start: Checkpoint) -> bool:
-    return _same(start.log_dir, log_dir) and (log_dir / FINAL).is_dir()
 
 
 def _seed(config: Config) -> int:
