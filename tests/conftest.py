@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import models
 import pytest
 import torch
+
+import tiny_models as models
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -15,7 +16,7 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
-    """Folder of the tiny model of a kind of `models.CONFIGS`."""
+    """Folder of the tiny model of a kind of `tiny_models.CONFIGS`."""
     made = {}
 
     def folder(kind):

@@ -26,8 +26,8 @@ def answer_of_symbols(prompt: str) -> int:
 
 def answer_of_words(prompt: str) -> int:
     """Whatever the phrasing, exactly two number words stand in the question, and they are to be added."""
-    question, _, instruction = prompt.partition(" Give the answer")
-    assert r"\boxed{}" in instruction
+    question, _, instruction = prompt.partition(" Complete:")
+    assert instruction.endswith(r" equals \boxed{")
     numbers = [DIGITS[word] for word in re.findall(r"[a-z]+", question.lower()) if word in DIGITS]
     assert len(numbers) == 2, prompt
     return sum(numbers)

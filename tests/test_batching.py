@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import oracle
 import pytest
 
+import oracle
 from retrain.config.build import build
 from retrain.streams import stream_key
 from retrain.training.batching import credit, shaped_rewards

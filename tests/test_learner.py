@@ -6,14 +6,14 @@ import dataclasses
 import itertools
 import math
 
-import models
 import numpy as np
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import oracle
+import tiny_models as models
 from retrain.backend import packing
 from retrain.inference.pytorch import PyTorchEngine
 from retrain.types import Batch, RetrainError, Rollout
@@ -93,7 +93,9 @@ def oracle_update(model, reference, batch, members, config, old):
                 term = term + loss.kl_coef * {"k1": -d, "k2": d**2 / 2, "k3": d.exp() - d - 1}[loss.kl_estimator]
             term = term - loss.entropy_coef * entropy[t]
             rho = math.exp(sum(gap) if loss.mismatch_correction == "sequence" else gap[t])
-            weight = float(rho <= loss.mismatch_cap) if loss.mismatch_correction == "mask" else min(rho, loss.mismatch_cap)
+            weight = (
+                float(rho <= loss.mismatch_cap) if loss.mismatch_correction == "mask" else min(rho, loss.mismatch_cap)
+            )
             own = own + term * (1.0 if loss.mismatch_correction == "none" else weight)
         total = total + own * {
             "token_mean": 1 / tokens,
@@ -172,7 +174,12 @@ CASES = {
 def test_a_step_is_what_the_formulas_say(case, open_local, model_folder, tmp_path):
     kind = models.PLAIN[list(CASES).index(case) % len(models.PLAIN)]
     # A large eps keeps Adam smooth: with the usual one a gradient's rounding decides the sign of a step.
-    smooth = {"optimizer__eps": 1.0, "training__lr": 0.5, "training__weight_decay": 0.01, "training__micro_batch_tokens": 40}
+    smooth = {
+        "optimizer__eps": 1.0,
+        "training__lr": 0.5,
+        "training__weight_decay": 0.01,
+        "training__micro_batch_tokens": 40,
+    }
     backend = open_local(kind, float64=True, **{**smooth, **CASES[case]})
     learner = backend.learner
     config = models.config_for(model_folder(kind), **{**smooth, **CASES[case]})
@@ -187,7 +194,9 @@ def test_a_step_is_what_the_formulas_say(case, open_local, model_folder, tmp_pat
     before = parameters(learner)
     assert micro_batches(learner, batch) > 1
     metrics = backend.step(batch, 0).metrics
-    tolerance = 1e-9 if CASES[case].keys().isdisjoint({"algorithm__transform_mode", "loss__mismatch_correction"}) else 1e-6
+    tolerance = (
+        1e-9 if CASES[case].keys().isdisjoint({"algorithm__transform_mode", "loss__mismatch_correction"}) else 1e-6
+    )
     assert metrics["loss"] == pytest.approx(want_loss, rel=tolerance)
     moved = want - before
     assert moved.norm() > 1e-3

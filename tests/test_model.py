@@ -6,12 +6,12 @@ import json
 import math
 import shutil
 
-import models
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import tiny_models as models
 from retrain.backend import devices
 from retrain.backend.learner import can_share_prompts
 from retrain.backend.local import ADAPTER_WEIGHTS, LocalBackend
@@ -212,7 +212,9 @@ def test_targets_that_cannot_be(kind, targets, message, open_local):
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("kind", models.PLAIN)
-def test_peft_alone_loads_the_adapter_and_gives_the_same_log_probs(kind, use_rslora, open_local, model_folder, tmp_path):
+def test_peft_alone_loads_the_adapter_and_gives_the_same_log_probs(
+    kind, use_rslora, open_local, model_folder, tmp_path
+):
     backend = open_local(kind, lora__use_rslora=use_rslora, lora__alpha=6, training__lr=0.05)
     backend.step(BATCH, 0)
     backend.save_adapter(tmp_path)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import models
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny_models as models
 from retrain.backend import packing
 from retrain.backend.packing import pack
 

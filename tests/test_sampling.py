@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import models
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+import tiny_models as models
 from retrain.inference import pytorch
 from retrain.inference.pytorch import PyTorchEngine, sample
 from retrain.streams import uniforms

@@ -17,7 +17,8 @@ WORDED = (
     "You have {a} apples and get {b} more. How many apples do you have?",
     "There are {a} birds on a tree and {b} more arrive. How many birds are there?",
 )
-WORDED_INSTRUCTION = r"Give the answer as a number in digits inside \boxed{}, like \boxed{42}."
+# Small models hardly ever follow "put the answer in \boxed{}", but they do go on with a sentence that has been begun.
+WORDED_INSTRUCTION = r"Complete: {a} plus {b} equals \boxed{{"
 
 
 class Problem(NamedTuple):
@@ -48,14 +49,14 @@ def load(variant: str = "") -> list[Example]:
     """All examples of a variant, without duplicates, in an order that is mixed but the same everywhere.
 
     variant: "" for two-digit additions and subtractions in symbols ("What is 47 + 38?", reference "85"), "words" for
-    one-digit additions in words that ask for digits inside \\boxed{}.
+    one-digit additions in words, with the answer begun as \\boxed{ and the reference in digits.
     Raises ConfigError for any other variant.
     """
     if variant == "":
         examples = [Example(problem.question, str(problem.answer)) for problem in problems()]
     elif variant == "words":
         examples = [
-            Example(f"{phrase.format(a=word_a, b=word_b)} {WORDED_INSTRUCTION}", str(a + b))
+            Example(f"{phrase} {WORDED_INSTRUCTION}".format(a=word_a, b=word_b), str(a + b))
             for phrase in WORDED
             for a, word_a in enumerate(NUMBER_WORDS)
             for b, word_b in enumerate(NUMBER_WORDS)

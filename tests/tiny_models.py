@@ -44,7 +44,14 @@ SIZES = {
     # Larger than usual, so that the distributions of a random model are far from uniform.
     "initializer_range": 0.2,
 }
-GPT2_SIZES = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.2}
+GPT2_SIZES = {
+    "vocab_size": VOCAB,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+    "initializer_range": 0.2,
+}
 
 CONFIGS = {
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True, attention_dropout=0.5),
