@@ -1,11 +1,12 @@
 """Build `builtin:tiny` from scratch: tokenizer, weights and chat template into retrain/assets/tiny (`make tiny`).
 
-Deterministic for a given machine and torch build, under ten minutes on two cores, and nothing is downloaded.
+Deterministic for a given kind of machine and torch build, under ten minutes on two free cores, without downloads.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,7 +22,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 ASSETS = Path(__file__).parents[1] / "retrain" / "assets" / "tiny"
 
 PAD, EOS, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
-VOCAB_SIZE = 384
+SPECIAL_TOKENS = [PAD, EOS, SYSTEM, USER, ASSISTANT]
+PAD_ID, EOS_ID = 0, 1  # the trainer numbers the special tokens first, in their order
+MAX_VOCAB_SIZE = 384  # an upper bound: the corpus runs out of pairs to merge before that
 
 # One token per role and one that ends every turn: <|user|>What is 47 + 38?<|end|><|assistant|>...<|end|>
 CHAT_TEMPLATE = """\
@@ -63,8 +66,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=[PAD, EOS, SYSTEM, USER, ASSISTANT],
+        vocab_size=MAX_VOCAB_SIZE,
+        special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -91,14 +94,12 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
         max_position_embeddings=512,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
         dtype="float32",
     )
     model = Qwen3ForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        do_sample=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(do_sample=True, eos_token_id=EOS_ID, pad_token_id=PAD_ID)
     return model
 
 
@@ -112,7 +113,7 @@ def batches(
         prompts = [chat_prompt(tokenizer, question) for question, _ in pairs]
         answers = tokenizer([f"{answer}{EOS}" for _, answer in pairs]).input_ids
         width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
-        ids = torch.full((BATCH, width), tokenizer.pad_token_id)
+        ids = torch.full((BATCH, width), PAD_ID)
         labels = torch.full((BATCH, width), -100)
         for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             end = len(prompt) + len(answer)
@@ -123,7 +124,8 @@ def batches(
 
 def chat_prompt(tokenizer: PreTrainedTokenizerFast, question: str) -> list[int]:
     messages = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(str(text)).input_ids
 
 
 def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -154,13 +156,22 @@ def teach(
             print(f"{name}  step {step:4d}  loss {loss.item():.4f}  {time.perf_counter() - started:4.0f} s", flush=True)
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """As transformers saves it, under the class name that its version 4, which some servers use, knows as well."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write each file beside its target and rename it, so that a reader never meets half a file."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+        save_tokenizer(tokenizer, Path(scratch))
         for file in sorted(Path(scratch).iterdir()):
+            file.chmod(0o644)  # safetensors writes for its owner alone
             file.replace(folder / file.name)
 
 
@@ -168,6 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ASSETS)
     folder = parser.parse_args().out
+    torch.set_num_threads(2)  # sums split over another number of threads round differently
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)

@@ -7,8 +7,8 @@ import shutil
 from dataclasses import asdict
 
 import pytest
-from faults import dying_everywhere, failing_everywhere, small_disk
 
+from faults import dying_everywhere, failing_everywhere, small_disk
 from retrain.training import checkpoint
 from retrain.training.checkpoint import CHECKPOINTS, LOOP_STATE, TRAINER_STATE, TrainerState
 from retrain.types import ConfigError

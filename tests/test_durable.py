@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from faults import dying_everywhere, failing_everywhere, small_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from faults import dying_everywhere, failing_everywhere, small_disk
 from retrain.training import durable
 
 OLD, NEW = b"old" * 5000, b"something new" * 7000

@@ -11,10 +11,10 @@ import threading
 import time
 
 import pytest
-from faults import small_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from faults import small_disk
 from retrain.training import folder, records
 from retrain.training.folder import GENERATIONS, METRICS, RunFolder, copy_records, holds_run, owner
 from retrain.types import ConfigError, RetrainError

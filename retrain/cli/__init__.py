@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _dispatch(words)
         sys.stdout.flush()
         return status
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as exc:
+        print(str(exc) or "interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader has gone (as in `retrain status | head`); Python would complain once more when it flushes at exit.

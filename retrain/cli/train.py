@@ -25,9 +25,9 @@ def run(argv: Sequence[str]) -> int:
 
 
 def opening(config: Config) -> str:
-    training, algorithm = config.training, config.algorithm
+    training = config.training
     return (
-        f"{config.model.model} on {config.data.source}: {algorithm.advantage_mode}+{algorithm.transform_mode}, "
+        f"{config.model.model} on {config.data.source}: {config.algorithm.condition}, "
         f"{training.max_steps} steps of {training.batch_size} prompts x {training.group_size} completions, "
         f"into {config.logging.log_dir}"
     )

@@ -98,6 +98,11 @@ class AlgorithmConfig(Section):
         "0 = no penalty.",
     )
 
+    @property
+    def condition(self) -> str:
+        """What this section is called in metrics, tables and run names."""
+        return f"{self.advantage_mode}+{self.transform_mode}"
+
 
 class LossConfig(Section):
     """The policy loss of one optimizer step."""

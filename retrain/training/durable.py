@@ -41,6 +41,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_files(folder: Path) -> None:
+    """fsync every file of a flat folder, and the folder."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
+
+
 def seal(folder: Path, **facts: Any) -> None:
     """fsync every file of `folder` and write a manifest of their sizes and SHA-256 digests, `facts` beside them.
 

@@ -7,12 +7,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
+from retrain.training.checkpoint import CHECKPOINTS, TRAINER_STATE
 from retrain.training.records import numbered
 from retrain.types import ConfigError, RetrainError
 
@@ -22,11 +23,16 @@ METRICS = "metrics.jsonl"
 GENERATIONS = "generations.jsonl"
 FINAL = "final"
 LOCK = ".lock"
+BEGINNING = ".beginning"
 
 
 def holds_run(log_dir: Path) -> bool:
-    """Whether a run was started here: its folder is never written over."""
-    return any((log_dir / name).exists() for name in (CONFIG, METRICS, METADATA))
+    """Whether a run was started here: its folder is never written over.
+
+    A beginning that was cut short is no run: it has not one step, and the next one clears it.
+    """
+    begun = any((log_dir / name).exists() for name in (CONFIG, METRICS, METADATA, CHECKPOINTS))
+    return begun and not (log_dir / BEGINNING).exists()
 
 
 def owner(log_dir: Path) -> int | None:
@@ -61,6 +67,18 @@ class RunFolder:
             raise ConfigError(
                 f"logging.log_dir = {log_dir}: cannot be written to: {error.strerror}. Give another --log-dir"
             ) from None
+
+    @contextmanager
+    def beginning(self) -> Iterator[None]:
+        """Around the first writes of a run, which mean nothing before all of them are there."""
+        marker = self.path / BEGINNING
+        if marker.exists():
+            for name in (CONFIG, METADATA, METRICS, GENERATIONS, TRAINER_STATE):
+                (self.path / name).unlink(missing_ok=True)
+            shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+        marker.touch()
+        yield
+        marker.unlink()
 
     def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         """Add rows to `name`, a line each. Numbers are finite or null.

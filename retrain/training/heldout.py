@@ -19,6 +19,8 @@ from retrain.types import ConfigError, Example
 if TYPE_CHECKING:
     from retrain.config import Config
 
+NOTHING_HELD_OUT = "no example is held out to evaluate on: set data.eval_fraction (such as 0.1), or a larger one"
+
 
 def evaluate_adapter(config: Config, adapter: Path | None, *, say: Callable[[str], None]) -> Evaluation:
     """`[eval]` on the held-out examples of `config`, with the adapter in a folder or (None) the base model alone.
@@ -28,7 +30,7 @@ def evaluate_adapter(config: Config, adapter: Path | None, *, say: Callable[[str
     seed = max(config.training.seed, 0)
     dataset = data.load(config.data)
     if not dataset.eval:
-        raise ConfigError("there are no held-out examples to evaluate on: set data.eval_fraction, such as 0.1")
+        raise ConfigError(NOTHING_HELD_OUT)
     backend = open_backend(_shaped_like(config, adapter), seed=seed, say=say)
     if adapter:
         backend.load_adapter(adapter)
@@ -54,8 +56,12 @@ def _shaped_like(config: Config, adapter: Path | None) -> Config:
     if adapter is None:
         return config
     shape = json.loads((adapter / "adapter_config.json").read_bytes())
-    lora = {"alpha": shape["lora_alpha"], "use_rslora": shape["use_rslora"]}
-    lora["target_modules"] = tuple(sorted(shape["target_modules"]))
+    targets = shape["target_modules"]
+    lora = {
+        "alpha": shape["lora_alpha"],
+        "use_rslora": shape.get("use_rslora", False),
+        "target_modules": targets if isinstance(targets, str) else tuple(sorted(targets)),
+    }
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"lora_rank": shape["r"]}),

@@ -10,15 +10,12 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from retrain.types import RetrainError
-
 STDERR = 2
+EXIT_STATUS = 130
 
 
-class Interrupted(RetrainError):
-    """The run was asked to stop and has written a checkpoint."""
-
-    exit_status = 130
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop. No `Exception`: it is raised in the middle of libraries, which catch those."""
 
 
 class Interrupts:
@@ -42,7 +39,7 @@ class Interrupts:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.pending:
-            os._exit(Interrupted.exit_status)
+            os._exit(EXIT_STATUS)
         self.pending = True
         # Straight to the descriptor: a handler may come in the middle of a print.
         with suppress(OSError):

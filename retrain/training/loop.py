@@ -105,7 +105,7 @@ def _record(
     evaluation = run.evaluate() if due else None
     metrics = step_metrics(
         step=state.step,
-        condition=f"{config.algorithm.advantage_mode}+{config.algorithm.transform_mode}",
+        condition=config.algorithm.condition,
         summary=summary,
         learned=learned.metrics,
         recent_correct=state.recent_correct,
@@ -122,8 +122,10 @@ def _record(
         tokens_per_s=summary.completion_tokens / step_time,
         peak_memory_bytes=run.backend.peak_memory_bytes(),
     )
-    uncertainty = dict(zip(credited.members, learned.uncertainty, strict=False))
-    rows = generation_rows(state.step, got.groups, credited.advantages_PG, uncertainty)
+    uncertainty = dict(zip(credited.members, learned.uncertainty, strict=True))
+    # Groups that dynamic sampling set aside were sampled and scored as well, but have no advantage.
+    advantages_PG = credited.advantages_PG + [[None] * len(group.completions) for group in got.uniform]
+    rows = generation_rows(state.step, got.sampled, advantages_PG, uncertainty)
     run.folder.append(METRICS, [metrics])
     run.folder.append(GENERATIONS, rows)
     run.observer.on_step(metrics, rows)

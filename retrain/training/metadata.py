@@ -16,6 +16,7 @@ import torch
 
 from retrain.training import durable
 from retrain.training.folder import METADATA
+from retrain.types import ConfigError
 
 PACKAGES = ("retrain", "torch", "transformers", "peft", "safetensors", "numpy", "math-verify", "triton")
 
@@ -58,12 +59,23 @@ def git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
+def read_metadata(log_dir: Path) -> dict[str, Any]:
+    """What an earlier session wrote; {} where there is no such file. Raises ConfigError where it cannot be read."""
+    path = log_dir / METADATA
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); move it away to go on without it") from None
+
+
 class Metadata:
     """The file's content; a resumed run adds a session to those that are there."""
 
     def __init__(self, log_dir: Path, facts: dict[str, Any], *, from_step: int, resumed: dict[str, Any] | None) -> None:
         self.path = log_dir / METADATA
-        earlier = json.loads(self.path.read_bytes()) if self.path.exists() else {}
+        earlier = read_metadata(log_dir)
         session: dict[str, Any] = {
             "command": sys.argv,
             "pid": os.getpid(),

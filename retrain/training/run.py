@@ -20,7 +20,7 @@ from retrain.training.checkpoint import Checkpoint, TrainerState
 from retrain.training.collect import Collector
 from retrain.training.evaluate import Evaluation
 from retrain.training.folder import CONFIG, FINAL, METRICS, RunFolder, copy_records
-from retrain.training.heldout import evaluate_held_out
+from retrain.training.heldout import NOTHING_HELD_OUT, evaluate_held_out
 from retrain.training.interrupt import Interrupted, Interrupts
 from retrain.training.loop import Observer, Run, run_steps, save
 from retrain.training.metadata import Metadata
@@ -70,7 +70,17 @@ def train(config: Config, *, observer: Observer | None = None) -> TrainResult:
     with Interrupts() as interrupts:
         with interrupts.anywhere():
             run = open_run(config, start, interrupts, observer)
-        return _finish(run, _begin(run, start))
+        try:
+            return _finish(run, _begin(run, start))
+        except OSError as error:
+            raise RetrainError(
+                f"writing to {log_dir} failed: {error.strerror}. What was written before is complete. "
+                f"{resume_hint(log_dir)}"
+            ) from error
+        finally:
+            run.collector.scorer.close()
+            run.engine.close()
+            run.folder.close()
 
 
 def open_run(config: Config, start: Checkpoint | None, interrupts: Interrupts, observer: Observer) -> Run:
@@ -83,7 +93,7 @@ def open_run(config: Config, start: Checkpoint | None, interrupts: Interrupts, o
     state = start.state if start else TrainerState(seed=_seed(config))
     dataset = data.load(config.data, max_examples=config.training.max_examples)
     if config.eval.every and not dataset.eval:
-        raise ConfigError("eval.every needs held-out examples: set data.eval_fraction, such as 0.1")
+        raise ConfigError(f"eval.every = {config.eval.every}: {NOTHING_HELD_OUT}")
     backend = open_backend(config, seed=state.seed, say=observer.say)
     limits = {
         "context": backend.context,
@@ -122,22 +132,33 @@ def open_run(config: Config, start: Checkpoint | None, interrupts: Interrupts, o
 
 
 def _begin(run: Run, start: Checkpoint | None) -> Metadata:
-    """First writes: the checkpoint of step 0 or the cut back to the one resumed from, then config and metadata."""
+    """First writes. In place: the records are cut back to the checkpoint. Else: the checkpoint of the first step, so
+    that a run can go on from its very beginning, wherever it is killed."""
     config, log_dir = run.config, run.folder.path
-    resumed = None
-    if start is None:
-        # With this first checkpoint a run can go on from the very beginning, wherever it is killed.
-        save(run)
-    else:
-        copy_records(start.log_dir, log_dir, up_to=start.state.step)
+    if start is not None and same_folder(start.log_dir, log_dir):
+        resumed = _resumed(config, start)
+        copy_records(log_dir, log_dir, up_to=start.state.step)
         checkpoint.discard_after(log_dir, start.state.step)
-        resumed = {"from": str(start.folder), "changed": changed_keys(config, start)}
-        run.saved_step = start.state.step if same_folder(start.log_dir, log_dir) else None
+        run.saved_step = start.state.step
+        return _describe(run, resumed)
+    with run.folder.beginning():
+        if start is not None:
+            copy_records(start.log_dir, log_dir, up_to=start.state.step)
         save(run)
+        return _describe(run, _resumed(config, start) if start else None)
+
+
+def _resumed(config: Config, start: Checkpoint) -> dict[str, Any]:
+    return {"from": str(start.folder), "changed": changed_keys(config, start)}
+
+
+def _describe(run: Run, resumed: dict[str, Any] | None) -> Metadata:
+    """Write the resolved config and the metadata."""
+    config, log_dir = run.config, run.folder.path
     resolved = config.model_copy(update={"resume": type(config.resume)()})
     durable.write_bytes(log_dir / CONFIG, dump_toml(resolved).encode())
     facts = {
-        "condition": f"{config.algorithm.advantage_mode}+{config.algorithm.transform_mode}",
+        "condition": config.algorithm.condition,
         "seed": run.state.seed,
         "model": config.model.model,
         **run.backend.describe(),
@@ -161,14 +182,7 @@ def _finish(run: Run, metadata: Metadata) -> TrainResult:
         save(run)
         status = "interrupted"
         raise Interrupted(f"stopped after step {run.state.step}; checkpoint written. {resume_hint(log_dir)}") from None
-    except OSError as error:
-        raise RetrainError(
-            f"writing to {log_dir} failed: {error.strerror}. The last checkpoint is complete. {resume_hint(log_dir)}"
-        ) from error
     finally:
-        run.collector.scorer.close()
-        run.engine.close()
-        run.folder.close()
         # A disk that is full must not hide the error that says so.
         with suppress(OSError):
             metadata.close(step=run.state.step, status=status)
@@ -187,6 +201,7 @@ def _write_final(run: Run) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     run.backend.save_adapter(temporary)
+    durable.sync_files(temporary)
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     durable.sync_folder(run.folder.path)

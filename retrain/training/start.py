@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from retrain.config import KEYS, load_config, value_of
 from retrain.training import checkpoint
 from retrain.training.checkpoint import Checkpoint
-from retrain.training.folder import CONFIG, METADATA, holds_run
+from retrain.training.folder import CONFIG, holds_run
+from retrain.training.metadata import read_metadata
 from retrain.types import ConfigError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def find_start(config: Config, log_dir: Path, say: Callable[[str], None]) -> Che
         if refused:
             raise ConfigError(
                 f"the run in {start.log_dir} was made with other values of {', '.join(refused)}; resumed with these it "
-                f"would be neither run. Use its own config: retrain {start.log_dir / CONFIG} --resume {source}"
+                f"would be neither run. {resume_hint(start.log_dir)}"
             )
     if holds_run(log_dir) and (start is None or not same_folder(start.log_dir, log_dir)):
         raise ConfigError(
@@ -76,9 +77,9 @@ def is_finished(log_dir: Path, start: Checkpoint) -> bool:
     """Whether the run in `log_dir` ended by itself at the step of `start`, its final adapter written."""
     if not same_folder(start.log_dir, log_dir):
         return False
-    last = json.loads((log_dir / METADATA).read_bytes())["sessions"][-1]
-    return last["status"] == "finished" and last["to_step"] == start.state.step
+    last = read_metadata(log_dir).get("sessions", [{}])[-1]
+    return last.get("status") == "finished" and last.get("to_step") == start.state.step
 
 
 def resume_hint(log_dir: Path) -> str:
-    return f"Go on with: retrain {log_dir / CONFIG} --resume {log_dir}"
+    return "Go on with: " + shlex.join(["retrain", str(log_dir / CONFIG), "--resume", str(log_dir)])
