@@ -7,12 +7,12 @@ import math
 import subprocess
 import sys
 
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import oracle
 from retrain.algorithm import episode, transform, uncertainty
 from retrain.algorithm.episode import group_advantages, is_uniform
 from retrain.algorithm.overlong import overlong_penalty

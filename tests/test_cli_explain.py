@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from retrain_kernels.linear_logprob import reference
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from retrain import estimate
 from retrain.cli import main
 from retrain.cli.explain import human_bytes
 from retrain.config import build
+from retrain_kernels.linear_logprob import reference
 
 SIZES: dict[str, Any] = {
     "hidden_size": 48,

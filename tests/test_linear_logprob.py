@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
-from retrain_kernels import linear_logprob
-from retrain_kernels.linear_logprob import reference
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+import oracle
+from retrain_kernels import linear_logprob
+from retrain_kernels.linear_logprob import reference
 
 SIZES = [(0, 11), (1, 11), (63, 11), (500, 11), (1000, 11), (63, 1000), (500, 1000), (1, 50257), (7, 50257)]
 

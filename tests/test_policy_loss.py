@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 
-import oracle
 import pytest
-import retrain_kernels
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import oracle
+import retrain_kernels
 from retrain_kernels import policy_loss
 from retrain_kernels.policy_loss import AGGREGATIONS, KINDS, KL_ESTIMATORS
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import oracle
 from retrain_kernels import token_advantages
 from retrain_kernels.token_advantages import ADVANTAGE_MODES, TRANSFORM_MODES, episode_advantages
 

@@ -19,6 +19,7 @@ from retrain.assets import resolve_model
 from retrain.config import to_dict
 from runs import SMALL, environment, lines, retrain, write_config
 
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")

@@ -1,4 +1,4 @@
-"""The same engine on a real pretrained model: SmolLM2-135M-Instruct, in float32 on a CPU. Run by `make test-smollm2`."""
+"""The engine on a real pretrained model, SmolLM2-135M-Instruct, in float32 on a CPU: `make test-smollm2`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.smollm2
 
 @pytest.fixture(scope="module")
 def log_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two steps of configs/smollm2.toml. Every group is trained on, right or wrong: the entropy bonus moves the adapter."""
+    """Two steps of configs/smollm2.toml; every group is trained on, and an entropy bonus moves the adapter anyhow."""
     folder = tmp_path_factory.mktemp("smollm2") / "run"
     command = [sys.executable, "-m", "retrain", "configs/smollm2.toml", "--log-dir", str(folder), "--max-steps", "2"]
     command += ["--batch-size", "2", "--group-size", "8", "--no-skip-uniform-groups", "--entropy-coef", "0.01"]
