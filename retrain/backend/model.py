@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,7 +85,8 @@ def load_policy(
     """
     device = resolve_device(backend.devices, say)
     dtype = resolve_dtype(training.dtype, device)
-    transformers_logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     say(f"loading {model.model} as {str(dtype).removeprefix('torch.')} on {device}")
     base, tokenizer = _load_base(model.model, dtype)
     for parameter in base.parameters():

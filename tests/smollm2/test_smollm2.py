@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -38,26 +39,38 @@ def test_sampler_and_trainer_agree(log_dir: Path) -> None:
         assert row["ratio_mean"] == pytest.approx(1, abs=1e-5)
 
 
-def test_completions_follow_the_chat_template(log_dir: Path) -> None:
-    """The uncertainty of recorded completions is the entropy that plain transformers gives on the templated prompt."""
+def test_engine_samples_what_transformers_computes() -> None:
+    """Prompts go through the chat template, and log-probs are those of plain transformers, at the temperature."""
+    from retrain import load_config
+    from retrain.backend import open_backend
+    from retrain.data import load
+    from retrain.inference import open_engine
+    from retrain.training.prompts import encode_prompts
+
+    config = load_config(REPOSITORY / "configs" / "smollm2.toml", {"model.model": str(MODEL)})
+    backend = open_backend(config, seed=1, say=lambda line: None)
+    examples, prompts = encode_prompts(
+        load(config.data, max_examples=2).train,
+        backend.tokenizer,
+        context=backend.context,
+        max_tokens=20,
+        max_prompt_tokens=0,
+        say=lambda line: None,
+    )
+    streams = np.arange(8, dtype=np.uint64).reshape(2, 4)
+    groups = open_engine(config.inference, backend).generate(prompts, streams, max_tokens=20, temperature=0.8)
+
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    checked = 0
-    for line in (log_dir / "generations.jsonl").read_text().splitlines()[:16]:  # step 1: the adapter is still zero
-        row = json.loads(line)
-        turns = [{"role": "user", "content": row["prompt"]}]
+    for example, completions in zip(examples, groups, strict=True):
+        turns = [{"role": "user", "content": example.prompt}]
         prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-        answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
-        if row["finish_reason"] == "stop":
-            answer.append(tokenizer.eos_token_id)
-        if len(answer) != row["num_tokens"]:
-            continue  # sampled in another tokenisation than the tokenizer's own
-        with torch.no_grad():
-            logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
-        entropy = torch.distributions.Categorical(logits=logits).entropy()
-        assert row["uncertainty_mean"] == pytest.approx(entropy.mean().item(), abs=1e-3)
-        checked += 1
-    assert checked >= 4
+        for completion in completions:
+            ids = torch.tensor([[*prompt, *completion.tokens_T]])
+            with torch.no_grad():
+                logprobs = (model(ids).logits[0, len(prompt) - 1 : -1] / 0.8).log_softmax(-1)
+            expected = logprobs.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
+            torch.testing.assert_close(torch.from_numpy(completion.logprobs_T), expected, atol=1e-4, rtol=0)
 
 
 def test_adapter_trained(log_dir: Path) -> None:
