@@ -104,6 +104,7 @@ def test_ready(ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0
     assert findings["model"]["detail"].endswith("parameters")
     assert findings["device"] == {"level": "ok", "subject": "device", "detail": "cpu is cpu", "fix": ""}
+    assert findings["data"]["detail"] == "arithmetic: 12,105 examples to train on, 0 held out"
     assert main(["doctor", str(ready)]) == 0
     assert capsys.readouterr().out.endswith(f"{ready}: ready\n")
 
@@ -114,6 +115,7 @@ def test_ready(ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--source", "math"], "config", "not available yet"),
         (["--devices", "gpu:77"], "device", "gpu:77"),
         (["--model", "./nothing"], "model", "no such folder"),
+        (["--source", "nothing.jsonl"], "data", "no such file"),
         (["--model", "."], "model", "no readable config.json"),
         (["--log-dir", "ready.toml/x"], "log_dir", "cannot be written"),
         (["--engine", "vllm"], "engine", "no inference.url"),

@@ -273,9 +273,9 @@ def _uncertainty_summary(passes: Sequence[_Pass]) -> tuple[tuple[float, float], 
 
 def _token_statistics(passes: Sequence[_Pass]) -> dict[str, float | None]:
     """Entropy of all, of execution and of planning tokens; None where there is no such token. Variances: population."""
-    entropy = torch.cat([record.entropy_N for record in passes]).double()
-    uncertainty = torch.cat([record.uncertainty_N for record in passes]).double()
-    planning = torch.cat([record.micro.planning_N for record in passes])
+    entropy = torch.cat([record.entropy_N for record in passes]).cpu().double()
+    uncertainty = torch.cat([record.uncertainty_N for record in passes]).cpu().double()
+    planning = torch.cat([record.micro.planning_N for record in passes]).cpu()
 
     def moments(values: Tensor) -> tuple[float | None, float | None]:
         return (values.mean().item(), values.var(correction=0).item()) if len(values) else (None, None)

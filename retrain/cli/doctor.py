@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-from retrain import estimate
+from retrain import data, estimate
 from retrain.assets import resolve_model
 from retrain.cli.explain import human_bytes, not_available
 from retrain.cli.flags import parse
@@ -72,9 +72,12 @@ def examine(config: Config | None) -> Iterator[Finding]:
         yield _package(name, required=config is not None and needed(config), fix=f'pip install "retrain[{extra}]"')
     if config is None:
         return
-    yield from (Finding("fail", "config", line) for line in not_available(config, run_matrix(config)))
+    missing = not_available(config, run_matrix(config))
+    yield from (Finding("fail", "config", line) for line in missing)
     yield from _devices(config)
     yield _model(config)
+    if not missing:
+        yield _data(config)
     yield _disk(Path(config.logging.log_dir))
     if config.inference.engine != "pytorch" or config.inference.url:
         yield _engine(config.inference.url)
@@ -131,6 +134,15 @@ def _model(config: Config) -> Finding:
             "fail", "model", f"{name}: no such folder", "set model.model to a folder, hub id or builtin:tiny"
         )
     return Finding("note", "model", f"{name}: not downloaded yet; a run downloads it", f"hf download {name}")
+
+
+def _data(config: Config) -> Finding:
+    source = config.data.source
+    try:
+        found = data.load(config.data, max_examples=config.training.max_examples)
+    except ConfigError as exc:
+        return Finding("fail", "data", str(exc))
+    return Finding("ok", "data", f"{source}: {len(found.train):,} examples to train on, {len(found.eval):,} held out")
 
 
 def _disk(log_dir: Path) -> Finding:

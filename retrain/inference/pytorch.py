@@ -142,7 +142,7 @@ def sample(logits_BV: Tensor, noise_B: Tensor, temperature: float) -> tuple[Tens
     total = mass_BV[:, -1:]
     # Rounding must not carry the target up to the total: no token's mass lies above it. "right" never picks a token
     # of zero mass, because its cumulative value equals its predecessor's.
-    target = torch.minimum(noise_B[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    target = torch.minimum(noise_B[:, None] * total, total * (1 - torch.finfo(torch.float32).eps))
     # Logits that are not finite find no token at all; their log-prob tells.
     token = torch.searchsorted(mass_BV, target, right=True).squeeze(1).clamp(max=mass_BV.shape[1] - 1)
     return token, logprobs_BV.gather(1, token[:, None]).squeeze(1)

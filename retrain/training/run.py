@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from retrain import data, planning, reward
 from retrain.algorithm.sepa import SepaController
 from retrain.backend import open_backend
@@ -72,6 +74,11 @@ def train(config: Config, *, observer: Observer | None = None) -> TrainResult:
             run = open_run(config, start, interrupts, observer)
         try:
             return _finish(run, _begin(run, start))
+        except torch.OutOfMemoryError as error:
+            raise RetrainError(
+                "out of memory on the device. In training, lower training.micro_batch_tokens; in sampling, "
+                f"batch_size, group_size or max_tokens. {resume_hint(log_dir)}"
+            ) from error
         except OSError as error:
             raise RetrainError(
                 f"writing to {log_dir} failed: {error.strerror}. What was written before is complete. "
