@@ -9,8 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from retrain_kernels.packed import owner_of, segment_sum
-
-LOG_RATIO_LIMIT = 20.0
+from retrain_kernels.policy_loss.reference import MAX_LOG_RATIO
 
 
 def mismatch_weights(
@@ -27,5 +26,5 @@ def mismatch_weights(
     if kind == "sequence":
         owner = owner_of(cu_seqlens, len(log_ratio))
         log_ratio = segment_sum(log_ratio, owner, len(cu_seqlens) - 1).float()[owner]
-    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     return (ratio <= cap).float() if kind == "mask" else ratio.clamp(max=cap)

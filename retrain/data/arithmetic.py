@@ -14,8 +14,6 @@ WORDED = (
     "What do you get when you add {a} and {b}?",
     "Add {a} and {b}.",
     "What is the sum of {a} and {b}?",
-    "You have {a} apples and get {b} more. How many apples do you have?",
-    "There are {a} birds on a tree and {b} more arrive. How many birds are there?",
 )
 # Small models hardly ever follow "put the answer in \boxed{}", but they do go on with a sentence that has been begun.
 WORDED_INSTRUCTION = r"Complete: {a} plus {b} equals \boxed{{"
