@@ -353,3 +353,22 @@ def test_number_formats():
 
 def test_peak_memory_is_in_bytes():
     assert 50 * 2**20 < devices.peak_memory_bytes(torch.device("cpu")) < 2**40
+
+
+@pytest.mark.parametrize(
+    ("device", "parameters", "omp", "threads"),
+    [
+        ("cpu", devices.SMALL_MODEL - 1, None, 1),
+        ("cpu", devices.SMALL_MODEL, None, None),
+        ("cpu", 1000, "2", None),
+        ("cuda:0", 1000, None, None),
+    ],
+)
+def test_a_small_model_runs_on_one_thread(device, parameters, omp, threads, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if omp:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    devices.settle_threads(torch.device(device), parameters)
+    assert chosen == ([] if threads is None else [threads])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ import torch
 
 from retrain.types import ConfigError
 
+SMALL_MODEL = 10_000_000  # parameters
 _NAME = re.compile(r"(cpu|mps|(?:gpu|cuda)(?::(\d+))?)")
 
 
@@ -37,6 +39,16 @@ def resolve_device(name: str, say: Callable[[str], None]) -> torch.device:
     fallback = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     say(f"no CUDA or ROCm GPU on this machine: {name} runs on {fallback}")
     return fallback
+
+
+def settle_threads(device: torch.device, parameters: int) -> None:
+    """One CPU thread for a small model, unless OMP_NUM_THREADS says otherwise.
+
+    Its operations are too short to share: two threads save a tenth on an idle machine and, waiting for each other, take
+    three times as long as soon as anything else runs (docs/experiments.md).
+    """
+    if device.type == "cpu" and parameters < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from retrain.assets import resolve_model
-from retrain.backend.devices import resolve_device, resolve_dtype
+from retrain.backend.devices import resolve_device, resolve_dtype, settle_threads
 from retrain.types import ConfigError
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def load_policy(
         transformers_logging.disable_progress_bar()
     say(f"loading {model.model} as {str(dtype).removeprefix('torch.')} on {device}")
     base, tokenizer = _load_base(model.model, dtype)
+    settle_threads(device, base.num_parameters())
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     eos_ids = _eos_ids(base, tokenizer, model.model)
