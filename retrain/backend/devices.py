@@ -44,7 +44,7 @@ def resolve_device(name: str, say: Callable[[str], None]) -> torch.device:
 def settle_threads(device: torch.device, parameters: int) -> None:
     """One CPU thread for a small model, unless OMP_NUM_THREADS says otherwise.
 
-    Its operations are too short to share: two threads save a tenth on an idle machine and, waiting for each other, take
+    Its operations are too short to share: two threads save a tenth to a third on an idle machine and, spinning, take
     three times as long as soon as anything else runs (docs/experiments.md).
     """
     if device.type == "cpu" and parameters < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ:
