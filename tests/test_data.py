@@ -136,7 +136,7 @@ def test_max_examples_takes_the_first_and_leaves_the_evaluation_alone():
     some = data.load(section("arithmetic", eval_fraction=0.2), max_examples=7)
     assert some.train == everything.train[:7]
     assert some.eval == everything.eval
-    assert len(data.load(section("arithmetic:words"), max_examples=10**6).train) == 600
+    assert data.load(section("arithmetic:words"), max_examples=10**6) == data.load(section("arithmetic:words"))
 
 
 def test_everything_held_out(tmp_path):
