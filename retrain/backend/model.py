@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import sys
 import warnings
@@ -22,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from retrain.assets import resolve_model
 from retrain.backend.devices import resolve_device, resolve_dtype, settle_threads
+from retrain.config.suggest import nearest
 from retrain.types import ConfigError
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _attach(base: Any, model: ModelConfig, lora: LoraConfig, seed: int) -> PeftM
     adapter = PeftLoraConfig(
         task_type="CAUSAL_LM",
         r=model.lora_rank,
-        lora_alpha=lora.alpha or 2 * model.lora_rank,
+        lora_alpha=lora.alpha_for(model.lora_rank),
         lora_dropout=lora.dropout,
         use_rslora=lora.use_rslora,
         target_modules=targets,
@@ -189,8 +189,8 @@ def _check_targets(base: Any, targets: list[str]) -> None:
         if any(module is head for module in matched):
             raise ConfigError(f'lora.target_modules: "{target}" is the output head, which stays frozen; leave it out')
         if not matched:
-            nearest = difflib.get_close_matches(target, leaves, n=1)
-            hint = f'did you mean "{nearest[0]}"?' if nearest else f"the model has {', '.join(leaves)}"
+            near = nearest(target, leaves)
+            hint = f'did you mean "{near}"?' if near else f"the model has {', '.join(leaves)}"
             raise ConfigError(f'lora.target_modules: "{target}" matches no linear layer of the model; {hint}')
 
 

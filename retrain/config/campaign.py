@@ -65,9 +65,9 @@ def run_matrix(config: Config) -> tuple[Run, ...]:
 
 
 def _name(config: Config, condition: ConditionConfig) -> str:
-    advantage = condition.advantage_mode or config.algorithm.advantage_mode
-    transform = condition.transform_mode or config.algorithm.transform_mode
-    return condition.name or f"{advantage}+{transform}"
+    modes = {"advantage_mode": condition.advantage_mode, "transform_mode": condition.transform_mode}
+    own = {key: mode for key, mode in modes.items() if mode is not None}
+    return condition.name or config.algorithm.model_copy(update=own).condition
 
 
 def _run_config(config: Config, campaign: CampaignConfig, condition: ConditionConfig, name: str, seed: int) -> Config:

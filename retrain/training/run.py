@@ -94,7 +94,7 @@ def open_run(config: Config, start: Checkpoint | None, interrupts: Interrupts, o
     """Load everything, then take the run folder: what is wrong with the input shows before anything is written."""
     log_dir = Path(config.logging.log_dir)
     for line in without_effect(config):
-        observer.say(f"no effect: {line}")
+        observer.say(line)
     if config.training.group_size == 1:
         observer.say("training.group_size = 1: a group of one has nothing to compare with, every advantage is 0")
     state = start.state if start else TrainerState(seed=_seed(config))
