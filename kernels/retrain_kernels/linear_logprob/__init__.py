@@ -8,9 +8,6 @@ import torch
 from torch import Tensor
 
 from retrain_kernels import checks, dispatch
-from retrain_kernels.linear_logprob import reference
-
-_IMPLEMENTATIONS = {"reference": reference.linear_logprob}
 
 
 def linear_logprob(
@@ -44,7 +41,9 @@ def linear_logprob(
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
     _check_targets(targets, vocab)
-    return _IMPLEMENTATIONS[dispatch.resolve(impl)](hidden, weight, targets, bias, temperature)
+    float64 = torch.float64 in (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+    compute = dispatch.implementation("linear_logprob", impl, hidden.device, float64=float64)
+    return compute(hidden, weight, targets, bias, temperature)
 
 
 def _check_targets(targets: Tensor, vocab: int) -> None:

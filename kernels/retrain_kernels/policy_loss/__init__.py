@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from retrain_kernels import checks, dispatch
 from retrain_kernels.policy_loss import reference
 from retrain_kernels.policy_loss.reference import AGGREGATIONS, KINDS, KL_ESTIMATORS
-
-_IMPLEMENTATIONS = {"reference": reference.policy_loss}
 
 __all__ = ["AGGREGATIONS", "KINDS", "KL_ESTIMATORS", "policy_loss"]
 
@@ -76,7 +75,8 @@ def policy_loss(
         raise ValueError(f"ref_logprob is required where kl_coef is not 0 (got kl_coef={kl_coef})")
     if entropy_coef != 0 and entropy is None:
         raise ValueError(f"entropy is required where entropy_coef is not 0 (got entropy_coef={entropy_coef})")
-    return _IMPLEMENTATIONS[dispatch.resolve(impl)](
+    compute = dispatch.implementation("policy_loss", impl, logprob.device, float64=logprob.dtype == torch.float64)
+    return compute(
         logprob,
         old_logprob,
         advantages,

@@ -11,8 +11,6 @@ from retrain_kernels.token_advantages import reference
 from retrain_kernels.token_advantages.episode import ADVANTAGE_MODES, episode_advantages
 from retrain_kernels.token_advantages.reference import TRANSFORMS
 
-_IMPLEMENTATIONS = {"reference": reference.token_advantages}
-
 TRANSFORM_MODES = tuple(TRANSFORMS)
 
 __all__ = ["ADVANTAGE_MODES", "TRANSFORM_MODES", "episode_advantages", "token_advantages"]
