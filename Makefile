@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := $(shell date -u +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs tiny smollm2 test-smollm2 clean
+.PHONY: help demo test kernels check docs tiny smollm2 test-smollm2 clean
 
 help:  ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/make \1\t\2/' | expand -t 22
@@ -15,6 +15,10 @@ demo: .venv/core  ## train the embedded model on a CPU, a few minutes
 
 test: .venv/dev  ## the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+kernels: .venv/dev  ## compile the Triton kernels for every GPU, and test them at their largest shapes
+	$(BIN)/python scripts/compile_kernels.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m large tests/kernels
 
 check: .venv/dev  ## lint, types, import layers, generated docs
 	$(BIN)/ruff check .

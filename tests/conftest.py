@@ -7,11 +7,11 @@ import os
 import pytest
 import torch
 
-import tiny_models as models
-
 # Triton reads this when it is first imported. Without a GPU the kernels are interpreted; with one they are compiled.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+import tiny_models as models
 
 
 @pytest.fixture(scope="session", autouse=True)

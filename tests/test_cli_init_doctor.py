@@ -96,6 +96,7 @@ def test_the_machine_alone(capsys: pytest.CaptureFixture[str]) -> None:
     status, findings = examine(capsys)
     assert status == 0
     assert findings["torch"]["level"] == "ok"
+    assert findings["kernels"]["level"] == "ok"
     assert "model" not in findings
 
 
@@ -104,6 +105,7 @@ def test_ready(ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0
     assert findings["model"]["detail"].endswith("parameters")
     assert findings["device"] == {"level": "ok", "subject": "device", "detail": "cpu is cpu", "fix": ""}
+    assert findings["kernels"]["detail"].startswith("plain PyTorch on cpu")
     assert findings["data"]["detail"] == "arithmetic: 12,105 examples to train on, 0 held out"
     assert main(["doctor", str(ready)]) == 0
     assert capsys.readouterr().out.endswith(f"{ready}: ready\n")

@@ -1,4 +1,4 @@
-"""`[backend] devices` to torch devices."""
+"""`[backend] devices` to torch devices, and what runs on them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from retrain.types import ConfigError
+from retrain_kernels import dispatch
 
 SMALL_MODEL = 10_000_000  # parameters
 _NAME = re.compile(r"(cpu|mps|(?:gpu|cuda)(?::(\d+))?)")
@@ -39,6 +40,11 @@ def resolve_device(name: str, say: Callable[[str], None]) -> torch.device:
     fallback = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     say(f"no CUDA or ROCm GPU on this machine: {name} runs on {fallback}")
     return fallback
+
+
+def kernels_on(device: torch.device) -> tuple[str, str]:
+    """The implementation of the numeric operations on `device`, "triton" or "reference", and why not the other."""
+    return dispatch.resolve("auto", device), dispatch.obstacle(device) or ""
 
 
 def settle_threads(device: torch.device, parameters: int) -> None:

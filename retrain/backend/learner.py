@@ -164,7 +164,12 @@ class Learner:
         hidden_ND = hidden_RSD.flatten(0, 1).index_select(0, micro.predictor_N)
         head = self.policy.head
         logprob_N, entropy_N = linear_logprob(
-            hidden_ND, head.weight, micro.targets_N, bias=head.bias, temperature=self.training.temperature
+            hidden_ND,
+            head.weight,
+            micro.targets_N,
+            bias=head.bias,
+            temperature=self.training.temperature,
+            entropy_grad=self.loss.entropy_coef != 0,
         )
         if not (logprob_N.isfinite() & entropy_N.isfinite()).all():
             raise RetrainError(

@@ -16,7 +16,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from retrain.backend import rng
-from retrain.backend.devices import peak_memory_bytes
+from retrain.backend.devices import kernels_on, peak_memory_bytes
 from retrain.backend.learner import Learner
 from retrain.backend.model import base_digest, load_policy
 from retrain.streams import stream_key
@@ -44,6 +44,9 @@ class LocalBackend:
         self.tokenizer, self.context = self.policy.tokenizer, self.policy.context
         self.learner = Learner(self.policy, config)
         self.uncertainty = self.learner.uncertainty
+        self.kernels, obstacle = kernels_on(self.policy.device)
+        if self.policy.device.type == "cuda" and obstacle:
+            say(f"the fused kernels cannot run, plain PyTorch takes their place: {obstacle}")
         rng.seed_all(stream_key(seed, "global"))
 
     def step(self, batch: Batch, step: int) -> StepResult:
@@ -98,6 +101,7 @@ class LocalBackend:
             "trainable_parameters": sum(p.numel() for p in self.learner.parameters),
             "device": str(self.policy.device),
             "dtype": str(self.policy.head.weight.dtype).removeprefix("torch."),
+            "kernels": self.kernels,
             "shared_prompts": self.learner.share_prompts,
         }
 

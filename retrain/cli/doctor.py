@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from retrain import data, estimate
 from retrain.assets import resolve_model
@@ -20,6 +20,9 @@ from retrain.cli.explain import human_bytes, not_available
 from retrain.cli.flags import parse
 from retrain.config import DEFAULT_PATH, Config, run_matrix
 from retrain.types import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 CORE = ("transformers", "peft", "safetensors", "numpy", "pydantic", "rich", "math-verify", "tomli-w")
 # Extra of this package -> the distribution it brings, and when a config cannot do without it.
@@ -71,6 +74,7 @@ def examine(config: Config | None) -> Iterator[Finding]:
     for extra, (name, needed) in EXTRAS.items():
         yield _package(name, required=config is not None and needed(config), fix=f'pip install "retrain[{extra}]"')
     if config is None:
+        yield from _this_machine()
         return
     missing = not_available(config, run_matrix(config))
     yield from (Finding("fail", "config", line) for line in missing)
@@ -103,6 +107,13 @@ def _package(name: str, *, required: bool, fix: str) -> Finding:
         return Finding("note", name, "not installed (optional)", fix)
 
 
+def _this_machine() -> Iterator[Finding]:
+    import torch
+
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    yield from map(_kernels, gpus or [torch.device("cpu")])
+
+
 def _devices(config: Config) -> Iterator[Finding]:
     from retrain.backend.devices import resolve_device
 
@@ -114,6 +125,18 @@ def _devices(config: Config) -> Iterator[Finding]:
             yield Finding("fail", "device", str(exc))
         else:
             yield Finding("note" if remarks else "ok", "device", remarks[0] if remarks else f"{name} is {device}")
+            yield _kernels(device)
+
+
+def _kernels(device: torch.device) -> Finding:
+    from retrain.backend.devices import kernels_on
+
+    implementation, obstacle = kernels_on(device)
+    if implementation == "triton":
+        return Finding("ok", "kernels", f"fused Triton kernels on {device}")
+    level = "note" if device.type == "cuda" else "ok"
+    fix = 'pip install "retrain[triton]"' if level == "note" and "not installed" in obstacle else ""
+    return Finding(level, "kernels", f"plain PyTorch on {device}" + (f": {obstacle}" if obstacle else ""), fix)
 
 
 def _model(config: Config) -> Finding:

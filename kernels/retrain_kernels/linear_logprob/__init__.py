@@ -17,6 +17,7 @@ def linear_logprob(
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    entropy_grad: bool = True,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of each distribution softmax((hidden weight^T + bias) / temperature).
@@ -25,8 +26,9 @@ def linear_logprob(
     targets: [N] int32 or int64, each in [0, V). N = 0 is legal. Logits must be finite.
     Returns (logprob [N], entropy [N]) in nats, float32 (float64 if an input is float64).
 
-    Both outputs are differentiable once with respect to hidden, and to weight and bias where they require it. No
-    [N, V] tensor is ever held; products accumulate in float32 (float64) whatever the dtype of the inputs.
+    Both outputs are differentiable once with respect to hidden, and to weight and bias where they require it.
+    entropy_grad: False makes the entropy a constant; the gradient of the log-prob to hidden then costs a matrix product
+    less. No [N, V] tensor is ever held; products accumulate in float32 (float64) whatever the dtype of the inputs.
     Raises TypeError or ValueError naming the argument, RuntimeError where impl cannot run. Derivation: README.md.
     """
     checks.check_tensor("hidden", hidden, {"N": None, "D": None})
@@ -43,7 +45,7 @@ def linear_logprob(
     _check_targets(targets, vocab)
     float64 = torch.float64 in (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
     compute = dispatch.implementation("linear_logprob", impl, hidden.device, float64=float64)
-    return compute(hidden, weight, targets, bias, temperature)
+    return compute(hidden, weight, targets, bias, temperature, entropy_grad)
 
 
 def _check_targets(targets: Tensor, vocab: int) -> None:

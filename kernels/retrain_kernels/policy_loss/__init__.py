@@ -50,7 +50,8 @@ def policy_loss(
     micro-batches of a step add up to those of the whole batch, wherever it is cut between completions. None means
     this batch's own tokens or completions, and is an error with "constant".
 
-    Returns (loss, metrics). loss: 0-dim, float32 (float64 for a float64 logprob); 0, with a graph, where N = 0.
+    Returns (loss, metrics). loss: 0-dim, float32 (float64 for a float64 logprob), differentiable once; 0, with a graph,
+    where N = 0.
     metrics: detached 0-dim *sums* over tokens, to be added up over micro-batches and divided by `tokens` at the end:
     tokens, ratio_sum, clipped_sum, kl_sum (old - new: the k1 estimate), and where their inputs are given ref_kl_sum
     (kl_estimator), entropy_sum. Raises TypeError or ValueError naming the argument, RuntimeError where impl cannot run.

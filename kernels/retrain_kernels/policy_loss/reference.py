@@ -135,7 +135,7 @@ def policy_loss(
     if weights is not None:
         loss = loss * weights.detach().to(dtype)
     metrics = {name: value.detach().to(dtype).sum() for name, value in sums.items()}
-    metrics["tokens"] = torch.tensor(len(logprob), dtype=dtype, device=logprob.device)
+    metrics["tokens"] = logprob.new_full((), len(logprob))
     return _aggregate(loss, owner, lengths, aggregation, denominator), metrics
 
 

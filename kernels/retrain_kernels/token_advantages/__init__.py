@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from retrain_kernels import checks, dispatch
-from retrain_kernels.packed import lengths_of
-from retrain_kernels.token_advantages import reference
+from retrain_kernels.token_advantages.arguments import check_together, nan_problem, packing_problem, reward_problems
 from retrain_kernels.token_advantages.episode import ADVANTAGE_MODES, episode_advantages
 from retrain_kernels.token_advantages.reference import TRANSFORMS
 
@@ -46,22 +45,32 @@ def token_advantages(
     checks.check_tensor("uncertainty", uncertainty, {"N": None}, like=rewards)
     num_tokens = len(uncertainty)
     checks.check_tensor("planning", planning, {"N": num_tokens}, kind="bool", like=rewards)
-    checks.check_cu_seqlens(cu_seqlens, num_tokens, like=rewards)
+    checks.check_tensor("cu_seqlens", cu_seqlens, {"B + 1": None}, kind="integer", like=rewards)
     if len(cu_seqlens) != len(rewards) + 1:
+        # What is wrong with it in itself says more than its length does.
+        checks.check_cu_seqlens(cu_seqlens, num_tokens, like=rewards)
         raise ValueError(f"cu_seqlens must have shape [B + 1={len(rewards) + 1}], got {list(cu_seqlens.shape)}")
+    checks.check_tensor("group_ids", group_ids, {"B": len(rewards)}, kind="integer", like=rewards)
+    checks.check_choice("advantage_mode", advantage_mode, ADVANTAGE_MODES)
     checks.check_choice("transform_mode", transform_mode, TRANSFORM_MODES)
     checks.check_number("gtpo_beta", gtpo_beta)
     checks.check_number("hicra_alpha", hicra_alpha)
     checks.check_number("sepa_lambda", sepa_lambda, high=1.0)
-    if torch.isnan(uncertainty).any():
-        raise ValueError("uncertainty must not hold NaN")
-    implementation = _IMPLEMENTATIONS[dispatch.resolve(impl)]
-    advantages = episode_advantages(rewards, group_ids, lengths_of(cu_seqlens), advantage_mode=advantage_mode)
-    return implementation(
-        advantages,
+    check_together(
+        [
+            packing_problem(cu_seqlens, num_tokens),
+            nan_problem("uncertainty", uncertainty),
+            *reward_problems(rewards, advantage_mode),
+        ]
+    )
+    compute = dispatch.implementation("token_advantages", impl, rewards.device)
+    return compute(
+        rewards,
         uncertainty,
         planning,
         cu_seqlens,
+        group_ids,
+        advantage_mode=advantage_mode,
         transform_mode=transform_mode,
         gtpo_beta=gtpo_beta,
         hicra_alpha=hicra_alpha,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from retrain_kernels import checks
 from retrain_kernels.packed import accumulator_dtype, segment_sum
+from retrain_kernels.token_advantages.arguments import check_together, reward_problems
 
 GRPO_EPS = 1e-6
 MAXRL_EPS = 1e-6
@@ -81,11 +82,14 @@ def episode_advantages(rewards: Tensor, group_ids: Tensor, lengths: Tensor, *, a
     checks.check_tensor("rewards", rewards, {"B": None})
     checks.check_tensor("group_ids", group_ids, {"B": len(rewards)}, kind="integer", like=rewards)
     checks.check_tensor("lengths", lengths, {"B": len(rewards)}, kind="integer", like=rewards)
-    checks.check_finite("rewards", rewards)
+    check_together(reward_problems(rewards, advantage_mode))
+    return from_groups(rewards, group_ids, lengths, advantage_mode)
+
+
+def from_groups(rewards: Tensor, group_ids: Tensor, lengths: Tensor, advantage_mode: str) -> Tensor:
+    """What `episode_advantages` returns, of arguments that are already checked."""
     if advantage_mode == "precomputed":
         return rewards.to(torch.float32, copy=True)
-    if advantage_mode == "maxrl":
-        _check_unit_interval(rewards)
     groups = _group_statistics(rewards, group_ids, lengths)
     return _MODES[advantage_mode](groups).masked_fill(groups.uniform, 0.0).float()
 
@@ -109,12 +113,3 @@ def _group_statistics(rewards: Tensor, group_ids: Tensor, lengths: Tensor) -> _G
         uniform=(low == high)[group],
         lengths=lengths.to(values.dtype),
     )
-
-
-def _check_unit_interval(rewards: Tensor) -> None:
-    outside = (rewards < 0) | (rewards > 1)
-    if outside.any():
-        index = int(outside.nonzero()[0])
-        raise ValueError(
-            f'rewards must lie in [0, 1] with advantage_mode="maxrl", got {rewards[index].item()} at index {index}'
-        )

@@ -1,4 +1,4 @@
-"""Token-level transforms in plain PyTorch: SEPA pooling, GTPO weighting, HICRA amplification. README.md, part 2."""
+"""token_advantages in plain PyTorch: SEPA pooling, GTPO weighting, HICRA amplification. README.md, part 2."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from retrain_kernels.packed import accumulator_dtype, lengths_of, owner_of, segment_sum
+from retrain_kernels.token_advantages.episode import from_groups
 
 MAX_UNCERTAINTY = 50.0
 MIN_MEAN_UNCERTAINTY = 1e-7
 
 
-class _Stages(NamedTuple):
+class Stages(NamedTuple):
     """Which stages a transform runs, in their order."""
 
     pool: bool
@@ -22,39 +23,45 @@ class _Stages(NamedTuple):
 
 
 TRANSFORMS = {
-    "none": _Stages(pool=False, weigh=False, amplify=False),
-    "gtpo": _Stages(pool=False, weigh=True, amplify=False),
-    "gtpo_hicra": _Stages(pool=False, weigh=True, amplify=True),
-    "gtpo_sepa": _Stages(pool=True, weigh=True, amplify=False),
-    "gtpo_sepa_hicra": _Stages(pool=True, weigh=True, amplify=True),
+    "none": Stages(pool=False, weigh=False, amplify=False),
+    "gtpo": Stages(pool=False, weigh=True, amplify=False),
+    "gtpo_hicra": Stages(pool=False, weigh=True, amplify=True),
+    "gtpo_sepa": Stages(pool=True, weigh=True, amplify=False),
+    "gtpo_sepa_hicra": Stages(pool=True, weigh=True, amplify=True),
 }
 
 
+def active_stages(transform_mode: str, *, gtpo_beta: float, hicra_alpha: float, sepa_lambda: float) -> Stages:
+    """The stages of a transform that change anything: one of strength 0 is left out, which is exact to the bit."""
+    pool, weigh, amplify = TRANSFORMS[transform_mode]
+    weigh = weigh and gtpo_beta != 0
+    return Stages(pool=pool and weigh and sepa_lambda != 0, weigh=weigh, amplify=amplify and hicra_alpha != 0)
+
+
 def token_advantages(
-    advantages: Tensor,
+    rewards: Tensor,
     uncertainty: Tensor,
     planning: Tensor,
     cu_seqlens: Tensor,
+    group_ids: Tensor,
     *,
+    advantage_mode: str,
     transform_mode: str,
     gtpo_beta: float,
     hicra_alpha: float,
     sepa_lambda: float,
 ) -> Tensor:
-    """Spread episode advantages [B] float32 over tokens: [N] float32; arguments are already checked.
-
-    A stage whose strength is 0 is left out, so that its absence is exact to the bit.
-    """
-    stages = TRANSFORMS[transform_mode]
+    """See `retrain_kernels.token_advantages`; arguments are already checked."""
+    stages = active_stages(transform_mode, gtpo_beta=gtpo_beta, hicra_alpha=hicra_alpha, sepa_lambda=sepa_lambda)
+    lengths = lengths_of(cu_seqlens)
     owner = owner_of(cu_seqlens, len(uncertainty))
-    credit = advantages[owner]
-    if stages.weigh and gtpo_beta != 0:
-        lengths = lengths_of(cu_seqlens)
+    credit = from_groups(rewards, group_ids, lengths, advantage_mode)[owner]
+    if stages.weigh:
         spread = uncertainty.to(accumulator_dtype(uncertainty)).clamp(0.0, MAX_UNCERTAINTY)
-        if stages.pool and sepa_lambda != 0:
+        if stages.pool:
             spread = _pool_execution(spread, planning, owner, len(lengths), sepa_lambda)
         credit = (credit * _gtpo_weights(spread, owner, lengths, gtpo_beta)).float()
-    if stages.amplify and hicra_alpha != 0:
+    if stages.amplify:
         credit = torch.where(planning, credit + hicra_alpha * credit.abs(), credit)
     return credit
 
