@@ -253,7 +253,6 @@ def test_recorder_would_see_dense_logits():
         ({"temperature": 0.0}, ValueError, "temperature must be a finite number > 0, got 0.0"),
         ({"temperature": float("nan")}, ValueError, "temperature must be a finite number > 0, got nan"),
         ({"impl": "fast"}, ValueError, "impl must be one of 'auto', 'reference', 'triton', got 'fast'"),
-        ({"impl": "triton"}, RuntimeError, 'not available yet; use impl="auto"'),
     ],
 )
 def test_wrong_arguments_are_named(change, error, message):

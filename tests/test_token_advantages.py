@@ -367,7 +367,7 @@ def test_permuting_and_splitting_completions_changes_nothing(rows, mode, data):
         ({"gtpo_beta": -0.1}, ValueError, "gtpo_beta must be a finite number >= 0.0, got -0.1"),
         ({"hicra_alpha": math.inf}, ValueError, "hicra_alpha must be a finite number >= 0.0, got inf"),
         ({"sepa_lambda": 1.1}, ValueError, r"sepa_lambda must be in \[0.0, 1.0\], got 1.1"),
-        ({"impl": "triton"}, RuntimeError, "not available yet"),
+        ({"impl": "fast"}, ValueError, "impl must be one of 'auto', 'reference', 'triton', got 'fast'"),
     ],
 )
 def test_wrong_arguments_are_named(change, error, message):

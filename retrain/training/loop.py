@@ -1,4 +1,4 @@
-"""The loop: prompts, completions, rewards, advantages, one training step, publish, records, checkpoint."""
+"""The loop: publish, prompts, completions, rewards, advantages, one training step, records, checkpoint."""
 
 from __future__ import annotations
 
@@ -59,6 +59,8 @@ def run_steps(run: Run) -> None:
     while run.state.step < run.config.training.max_steps:
         watch = Stopwatch()
         with run.interrupts.anywhere():
+            with watch("sync"):
+                run.engine.publish(run.state.policy_version)
             got = run.collector.collect(run.state.step, run.state.prompts_used, run.state.policy_version, watch)
         summary = summarize(got.sampled)
         sepa_lambda = run.sepa.value(run.state.step, summary.correct_rate)
@@ -71,8 +73,6 @@ def run_steps(run: Run) -> None:
         )
         with watch("train"):
             learned = _learn(run, credited)
-        with watch("sync"):
-            run.engine.publish(run.state.policy_version)
         _advance(run.state, got, summary)
         _record(run, got, summary, credited, learned, watch)
         if run.state.step % run.config.training.save_every == 0:

@@ -29,7 +29,7 @@ from retrain.training.metadata import Metadata
 from retrain.training.prompts import encode_prompts
 from retrain.training.records import last_row
 from retrain.training.start import changed_keys, find_start, is_finished, resume_hint, same_folder
-from retrain.types import ConfigError, RetrainError
+from retrain.types import ConfigError, EngineError, RetrainError
 
 if TYPE_CHECKING:
     from retrain.config import Config
@@ -109,12 +109,12 @@ def open_run(config: Config, start: Checkpoint | None, interrupts: Interrupts, o
     }
     examples, prompt_tokens = encode_prompts(dataset.train, backend.tokenizer, **limits, say=observer.say)
     engine = open_engine(config.inference, backend)
-    engine.publish(state.policy_version)
     scorer = reward.open_scorer(config.reward.type)
     held_out = dataset.eval if config.eval.every else ()
     eval_examples, eval_tokens = encode_prompts(held_out, backend.tokenizer, **limits, say=observer.say)
 
     def evaluate_now() -> Evaluation:
+        engine.publish(state.policy_version)
         return evaluate_held_out(config, engine, scorer, eval_examples, eval_tokens, seed=state.seed)
 
     if start:
@@ -185,6 +185,9 @@ def _finish(run: Run, metadata: Metadata) -> TrainResult:
         if run.backend.base_digest() != metadata.content["base_sha256"]:
             raise RetrainError("the base model's weights changed during the run: its results are void")
         status = "finished"
+    except EngineError as error:
+        save(run)
+        raise EngineError(f"{error}\nThe {run.state.step} finished steps are saved. {resume_hint(log_dir)}") from error
     except Interrupted:
         save(run)
         status = "interrupted"

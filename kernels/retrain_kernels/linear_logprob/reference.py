@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits held at once, in two buffers of 2 MiB in float32: about what a CPU core's caches hold. Elsewhere the pace is set
-# by the number of operations, so tiles are larger.
+# Logits held at once, in two buffers of 2 MiB in float32: about what a CPU core's caches hold. On other devices the
+# number of operations sets the pace, and tiles are larger.
 CHUNK_ELEMENTS = 2**19
 ACCELERATOR_FACTOR = 8
 # A product of few rows reads the whole weight for little work, so a tile has this many where there are as many. Its
@@ -23,62 +23,63 @@ def linear_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, entropy_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """See retrain_kernels.linear_logprob; arguments are already checked."""
-    # Asked here because inside a Function gradients are never recorded.
-    frozen_head = not (weight.requires_grad or (bias is not None and bias.requires_grad))
-    ahead = torch.is_grad_enabled() and hidden.requires_grad and frozen_head and not entropy_grad
-    logprob, entropy = _LinearLogprob.apply(hidden, weight, targets.long(), bias, 1.0 / temperature, ahead)  # type: ignore[misc]
+    targets = targets.long()
+    head = _Head(weight, bias, 1.0 / temperature, _compute_dtype(hidden, weight, bias))
+    frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+    if torch.is_grad_enabled() and hidden.requires_grad and frozen and not entropy_grad:
+        with torch.no_grad():
+            logprob, entropy, _, slope = _forward(head, hidden, targets, with_slope=True)
+        return _WithSlope.apply(hidden, logprob, slope), entropy  # type: ignore[return-value]
+    logprob, entropy = _LinearLogprob.apply(hidden, weight, targets, bias, head)  # type: ignore[misc]
     return logprob, entropy if entropy_grad else entropy.detach()
 
 
-class _LinearLogprob(torch.autograd.Function):
-    """Saves the inputs, two numbers a row (log-partition and entropy) and, where asked, `slope`; never logits.
+class _WithSlope(torch.autograd.Function):
+    """A log-prob that is there already, with its gradient: slope [N, D] is d logprob / d hidden.
 
-    slope [N, D] is d logprob / d hidden. An incoming gradient only scales its rows, so forward can take it along while
-    it has the logits, and backward of the log-prob needs none. Every other gradient recomputes them.
+    An incoming gradient only scales the rows of slope, so forward takes it along while it has the logits.
     """
 
     @staticmethod
+    def forward(ctx: Any, hidden: Tensor, logprob: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        ctx.dtype = hidden.dtype
+        return logprob.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprob: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,) = ctx.saved_tensors
+        return (slope * grad_logprob[:, None]).to(ctx.dtype), None, None
+
+
+class _LinearLogprob(torch.autograd.Function):
+    """Saves the inputs and two numbers a row (log-partition and entropy), never logits: backward recomputes them."""
+
+    @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        bias: Tensor | None,
-        inverse_temperature: float,
-        ahead: bool,
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, head: _Head
     ) -> tuple[Tensor, Tensor]:
-        dtype = _compute_dtype(hidden, weight, bias)
-        logprob, entropy, log_partition = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(3))
-        slope = torch.zeros_like(hidden, dtype=dtype) if ahead else None
-        # Autocast would turn the float32 products back into low precision.
-        with torch.autocast(hidden.device.type, enabled=False):
-            head = _Head(weight, bias, inverse_temperature, dtype)
-            for rows in _row_blocks(hidden):
-                numbers = _summarise(
-                    head, hidden[rows].to(dtype), targets[rows, None], None if slope is None else slope[rows]
-                )
-                logprob[rows], entropy[rows], log_partition[rows] = (x.squeeze(1) for x in numbers)
+        logprob, entropy, log_partition, _ = _forward(head, hidden, targets, with_slope=False)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, targets, bias, log_partition, entropy, slope)
-        ctx.inverse_temperature = inverse_temperature
+        ctx.save_for_backward(hidden, weight, targets, bias, log_partition, entropy)
+        ctx.scale = head.scale
         return logprob, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, bias, log_partition, entropy, slope = ctx.saved_tensors
+        hidden, weight, targets, bias, log_partition, entropy = ctx.saved_tensors
         grad_logprob, grad_entropy = grads
-        if grad_logprob is None:
-            grad_logprob = torch.zeros_like(log_partition)
-        if slope is not None and grad_entropy is None:
-            return (slope * grad_logprob[:, None]).to(hidden.dtype), None, None, None, None, None
         dtype = log_partition.dtype
-        need_hidden, need_weight, _, need_bias, _, _ = ctx.needs_input_grad
+        need_hidden, need_weight, _, need_bias, _ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=dtype) if need_bias else None
+        if grad_logprob is None:
+            grad_logprob = torch.zeros_like(log_partition)
+        head = _Head(weight, bias, ctx.scale, dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _Head(weight, bias, ctx.inverse_temperature, dtype)
             for rows in _row_blocks(hidden):
                 states = hidden[rows].to(dtype)
                 gradient = torch.zeros_like(states)
@@ -105,8 +106,22 @@ class _LinearLogprob(torch.autograd.Function):
             None,
             None if grad_bias is None else grad_bias.to(bias.dtype),
             None,
-            None,
         )
+
+
+def _forward(
+    head: _Head, hidden: Tensor, targets: Tensor, *, with_slope: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Log-prob, entropy and log-partition [N], and where asked d logprob / d hidden [N, D], in the compute dtype."""
+    logprob, entropy, log_partition = (hidden.new_empty(len(hidden), dtype=head.dtype) for _ in range(3))
+    slope = torch.zeros_like(hidden, dtype=head.dtype) if with_slope else None
+    # Autocast would turn the float32 products back into low precision.
+    with torch.autocast(hidden.device.type, enabled=False):
+        for rows in _row_blocks(hidden):
+            part = None if slope is None else slope[rows]
+            numbers = _summarise(head, hidden[rows].to(head.dtype), targets[rows, None], part)
+            logprob[rows], entropy[rows], log_partition[rows] = (x.squeeze(1) for x in numbers)
+    return logprob, entropy, log_partition, slope
 
 
 class _Head:

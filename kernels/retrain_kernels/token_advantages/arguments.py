@@ -1,4 +1,4 @@
-"""Argument checks that read values. A public call reads all of them together, and so waits for the device once."""
+"""Argument checks that read values. A public call reads all of them together: one wait for the device."""
 
 from __future__ import annotations
 
