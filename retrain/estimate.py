@@ -17,8 +17,10 @@ from retrain.config import Config
 
 # Length of a prompt where the config sets no cap: the true one is known only when the data is read.
 PROMPT_TOKENS = 256
-# Elements of the [n, V] block that retrain_kernels.linear_logprob holds at a time on the reference path.
-LOGITS_CHUNK_ELEMENTS = 2**22
+# Elements of [N, V] that retrain_kernels.linear_logprob holds at a time: on a CPU in two float32 buffers, in the Triton
+# kernels in the model's number format.
+CPU_LOGITS_ELEMENTS = 2**19
+GPU_LOGITS_ELEMENTS = 2**26
 FP32 = 4
 ITEM_BYTES = {"fp32": 4, "bf16": 2}
 
@@ -158,8 +160,10 @@ def tokens_per_step(config: Config) -> dict[str, int]:
 def sizes(config: Config, shape: ModelShape) -> list[Size]:
     """The largest tensors of a run in bytes, upper bounds where they depend on lengths."""
     training = config.training
-    dtype = training.dtype if training.dtype != "auto" else ("fp32" if config.backend.devices == "cpu" else "bf16")
+    on_cpu = config.backend.devices == "cpu"
+    dtype = training.dtype if training.dtype != "auto" else ("fp32" if on_cpu else "bf16")
     item = ITEM_BYTES[dtype]
+    block = 2 * CPU_LOGITS_ELEMENTS * FP32 if on_cpu else GPU_LOGITS_ELEMENTS * item
     adapter = shape.lora_parameters(config.model.lora_rank, config.lora.target_modules)
     step = tokens_per_step(config)
     sampled = step["completions"] * (prompt_tokens(config) + training.max_tokens)
@@ -180,7 +184,7 @@ def sizes(config: Config, shape: ModelShape) -> list[Size]:
             _activations(shape, tokens, item, training.gradient_checkpointing),
             f"rough, {tokens:,} tokens a micro-batch, {'re' if training.gradient_checkpointing else 'not re'}computed",
         ),
-        Size("logits block", max(LOGITS_CHUNK_ELEMENTS, shape.vocab) * FP32, "the part held at a time, fp32"),
+        Size("logits block", min(block, rows * shape.vocab * FP32), "the part held at a time"),
         Size("logits [N, V]", rows * shape.vocab * FP32, f"{rows:,} x {shape.vocab:,} fp32", allocated=False),
     ]
 

@@ -27,10 +27,6 @@ class ConfigError(RetrainError):
     exit_status = 2
 
 
-class EngineError(RetrainError):
-    """The inference engine cannot go on. The finished steps are sound: a run saves them before it ends."""
-
-
 @dataclass(frozen=True)
 class Example:
     """One problem: the prompt's text as the user would write it, and the reference its reward compares with.

@@ -101,7 +101,9 @@ def test_recomputing_needs_less_memory() -> None:
 
 
 def test_the_logits_block_is_the_kernels() -> None:
-    assert estimate.LOGITS_CHUNK_ELEMENTS == reference.CHUNK_ELEMENTS
+    assert estimate.CPU_LOGITS_ELEMENTS == reference.CHUNK_ELEMENTS
+    kernel = pytest.importorskip("retrain_kernels.linear_logprob.kernel", exc_type=ImportError)
+    assert estimate.GPU_LOGITS_ELEMENTS == kernel.CHUNK_ELEMENTS
 
 
 @pytest.mark.parametrize("text", ["not json", "[1]", '{"model_type": "gpt2", "n_embd": 8}'])
@@ -146,7 +148,7 @@ seeds = [1, 2]
 transform_mode = "gtpo_hicra"
 [[campaign.conditions]]
 transform_mode = "none"
-overrides = { "inference.engine" = "vllm" }
+overrides = { "planning.detector" = "semantic" }
 """
 
 
@@ -202,10 +204,10 @@ def test_campaign(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["runs"][2]["changed"] == {
         "algorithm.transform_mode": "none",
         "training.seed": 1,
-        "inference.engine": "vllm",
+        "planning.detector": "semantic",
     }
     assert facts["no_effect"] == [], "hicra.alpha has an effect in one of the conditions"
-    assert any(line.startswith('inference.engine = "vllm"') for line in facts["not_available"])
+    assert any(line.startswith('planning.detector = "semantic"') for line in facts["not_available"])
     assert main(["explain", str(path)]) == 0
     text = capsys.readouterr().out
     assert "Runs: 4, 28 steps in all" in text

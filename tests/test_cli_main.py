@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 import tomllib
 import types
 from collections.abc import Callable
@@ -160,18 +160,14 @@ def environment() -> dict[str, str]:
 
 
 def run_python(code: str, *argv: str) -> tuple[subprocess.CompletedProcess[str], float]:
-    """Run code in a fresh interpreter. Returns the process and its seconds, the better of two: other work on the
-    machine may slow one down."""
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        process = subprocess.run(
-            [sys.executable, "-c", code, *argv], capture_output=True, text=True, env=environment(), check=False
-        )
-        seconds.append(time.perf_counter() - start)
-        if seconds[-1] < SECONDS:
-            break
-    return process, min(seconds)
+    """Run code in a fresh interpreter. Returns the process and its seconds of CPU: waiting for a busy machine is not
+    the command's doing."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    process = subprocess.run(
+        [sys.executable, "-c", code, *argv], capture_output=True, text=True, env=environment(), check=False
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return process, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 RUN = f"""

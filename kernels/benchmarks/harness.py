@@ -253,23 +253,29 @@ def _time(entries: Mapping[str, Entry], runs: Mapping[str, Run], case: Case, arg
         if case.short:
             calls[key] = max(1, min(COPIES, int(0.02 / max(seconds, 1e-9))))
             time_calls(run, args.device, calls[key])
-    first = next(iter(runs))
+    order = list(runs)
+    ours = entries[order[0]].seconds
     for _ in range(args.rounds):
         # Between rounds, lest the collector runs inside one.
         gc.collect()
         gc.disable()
-        for key, run in runs.items():
-            entries[key].seconds.append(time_calls(run, args.device, calls[key]))
-            entries[key].ratios.append(entries[key].seconds[-1] / entries[first].seconds[-1])
+        for key in order:
+            entries[key].seconds.append(time_calls(runs[key], args.device, calls[key]))
         gc.enable()
+        # Who goes first pays for cold caches: that is another one every time.
+        order = [*order[1:], order[0]]
+    for key in runs:
+        entries[key].ratios = [theirs / own for theirs, own in zip(entries[key].seconds, ours, strict=True)]
 
 
 def time_calls(run: Run, device: torch.device, calls: int) -> float:
     """Seconds a call takes, of `calls` in a row. Results are kept until the end: each call writes to its own memory."""
     if device.type == "cpu":
-        start = time.perf_counter()
+        # Of a single thread its own time: what other programs take meanwhile does not count.
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        start = clock()
         kept = [run(i) for i in range(calls)]
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         del kept
         return seconds / calls
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

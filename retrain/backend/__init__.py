@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from retrain.types import Batch, StepResult
 
 if TYPE_CHECKING:
@@ -15,15 +17,28 @@ if TYPE_CHECKING:
 class Backend(Protocol):
     """A policy that samples are drawn from and that learns from them.
 
-    tokenizer: of the model. context: longest sequence, in tokens. uncertainty: the kind that weighs token credit.
+    tokenizer: of the model. context: longest sequence, in tokens. eos_ids: token ids that end a completion.
+    vocab_size: token ids lie below it. uncertainty: the kind that weighs token credit.
     """
 
     tokenizer: Any
     context: int
+    eos_ids: tuple[int, ...]
+    vocab_size: int
     uncertainty: str
 
     def step(self, batch: Batch, step: int) -> StepResult:
         """One training step on `batch`; `step` counts from 0."""
+        ...
+
+    def logprobs(
+        self, prompt_tokens: np.ndarray, completion_tokens: np.ndarray, *, temperature: float = 1.0
+    ) -> np.ndarray:
+        """Log-prob of each completion token under the policy as it is now, in nats, float32 [T].
+
+        prompt_tokens: int64 [S], S >= 1. completion_tokens: int64 [T], T >= 1. What an engine that serves this policy
+        must report of them.
+        """
         ...
 
     def save_adapter(self, folder: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
@@ -21,6 +22,7 @@ from retrain.backend.learner import Learner
 from retrain.backend.model import base_digest, load_policy
 from retrain.streams import stream_key
 from retrain.types import Batch, RetrainError, StepResult
+from retrain_kernels import linear_logprob
 
 if TYPE_CHECKING:
     from retrain.config import Config
@@ -42,6 +44,7 @@ class LocalBackend:
             say=say,
         )
         self.tokenizer, self.context = self.policy.tokenizer, self.policy.context
+        self.eos_ids, self.vocab_size = self.policy.eos_ids, self.policy.head.weight.shape[0]
         self.learner = Learner(self.policy, config)
         self.uncertainty = self.learner.uncertainty
         self.kernels, obstacle = kernels_on(self.policy.device)
@@ -51,6 +54,18 @@ class LocalBackend:
 
     def step(self, batch: Batch, step: int) -> StepResult:
         return self.learner.step(batch, step)
+
+    @torch.no_grad()
+    def logprobs(
+        self, prompt_tokens: np.ndarray, completion_tokens: np.ndarray, *, temperature: float = 1.0
+    ) -> np.ndarray:
+        self.policy.peft.eval()
+        tokens = torch.from_numpy(np.concatenate((prompt_tokens, completion_tokens))).to(self.policy.device)
+        hidden_TD = self.policy.hidden(tokens[None])[0, len(prompt_tokens) - 1 : -1]
+        head = self.policy.head
+        targets = tokens[len(prompt_tokens) :]
+        logprob_T, _ = linear_logprob(hidden_TD, head.weight, targets, bias=head.bias, temperature=temperature)
+        return logprob_T.float().cpu().numpy()
 
     def save_adapter(self, folder: Path) -> None:
         state = {key: value.detach().cpu().contiguous() for key, value in self._adapter_state().items()}

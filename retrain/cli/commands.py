@@ -83,6 +83,16 @@ COMMANDS = {
             (Option("--adapter", "Adapter to evaluate. Without it, the base model.", "DIR"), JSON),
         ),
         Command(
+            "serve",
+            "CONFIG.toml [--print] [--train] [--program FILE] [--flag value ...]",
+            "Start the inference server that a config samples from, and stop it at the end.",
+            (
+                Option("--print", "Only print the command that would start it."),
+                Option("--train", "Train against it, and stop it when the run ends."),
+                Option("--program", "The server's program, where it is not on PATH.", "FILE"),
+            ),
+        ),
+        Command(
             "doctor",
             "[CONFIG.toml] [--flag value ...] [--json]",
             "What this machine has and lacks for a config, and the command that would fix it.",

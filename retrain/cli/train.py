@@ -9,7 +9,10 @@ from retrain.config import Config, check_available
 
 
 def run(argv: Sequence[str]) -> int:
-    config = parse(argv).load()
+    return train_config(parse(argv).load())
+
+
+def train_config(config: Config) -> int:
     check_available(config)
     # Torch takes seconds to import: a config that cannot run is refused before that.
     from retrain.tracking.console import ConsoleObserver

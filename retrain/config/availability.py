@@ -15,15 +15,10 @@ from retrain.types import ConfigError
 # Keys that must stay at their defaults, with what to write instead where removing them is not the whole answer.
 NOT_YET = {
     "backend.backend": 'use "local"',
-    "backend.adapter_path": "",
     "model.base_url": "",
-    "inference.engine": 'use "pytorch"',
-    "inference.url": "",
     "inference.attention_kernel": 'use "default"',
     "inference.dtype": 'use "auto"',
     "inference.kv_cache_dtype": 'use "auto"',
-    "inference.request_timeout_s": "",
-    "inference.retries": "",
     "data.split": "",
     "environment.*": "",
     "planning.detector": 'use "regex"',

@@ -5,16 +5,24 @@ Token-in, token-out: an engine takes prompts as token ids and returns the ids it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from retrain.types import Completion, ConfigError
+from retrain.types import Completion, ConfigError, RetrainError
 
 if TYPE_CHECKING:
     from retrain.backend import Backend
-    from retrain.config import InferenceConfig
+    from retrain.config import Config, InferenceConfig
+
+
+class ServerLost(RetrainError):
+    """A server went away, or answers nothing usable, for longer than the config allows.
+
+    Raised by `generate` it leaves the run as it was after its last step, which may be saved.
+    """
 
 
 class Engine(Protocol):
@@ -25,7 +33,7 @@ class Engine(Protocol):
     def generate(
         self, prompts: Sequence[np.ndarray], streams_PG: np.ndarray, *, max_tokens: int, temperature: float
     ) -> list[tuple[Completion, ...]]:
-        """G completions for each of P prompts (int64 token ids).
+        """G completions for each of P prompts (int64 token ids), fewer where a server's text could not be used.
 
         streams_PG: int64 or uint64 [P, G], the random stream of each completion; equal streams, equal noise.
         temperature: > 0 samples and reports log-probs at that temperature; 0 is greedy, log-probs at temperature 1.
@@ -33,17 +41,50 @@ class Engine(Protocol):
         ...
 
     def publish(self, version: int) -> None:
-        """From here on sample from the adapter as it is now, and call it `version`; nothing to do where it is that."""
+        """From here on sample from the adapter as it is now, and call it `version`.
+
+        Versions name adapters: publishing the version that is served already changes nothing.
+        """
         ...
 
     def close(self) -> None: ...
 
 
-def open_engine(section: InferenceConfig, backend: Backend) -> Engine:
-    """The engine of `[inference] engine`, serving the backend's policy as version 0."""
-    from retrain.backend.local import LocalBackend
-    from retrain.inference.pytorch import PyTorchEngine
+@dataclass(frozen=True)
+class Serving:
+    """What a server engine has to know beyond `[inference]` and the policy.
 
-    if section.engine != "pytorch" or not isinstance(backend, LocalBackend):
+    model: as the config names it. adapter_path: folder that this process writes and the servers read. temperature,
+    max_tokens: of the run's completions. say: takes a line about what goes on, from another thread.
+    """
+
+    model: str
+    adapter_path: str
+    temperature: float
+    max_tokens: int
+    say: Callable[[str], None]
+
+    @classmethod
+    def of(cls, config: Config, say: Callable[[str], None]) -> Serving:
+        training = config.training
+        return cls(config.model.model, config.backend.adapter_path, training.temperature, training.max_tokens, say)
+
+
+def open_engine(section: InferenceConfig, backend: Backend, serving: Serving | None = None) -> Engine:
+    """The engine of `[inference] engine`. In this process, it serves the backend's policy as version 0 from the start;
+    a server serves the base model until something is published to it.
+
+    serving: needed by the engines other than "pytorch". Raises ConfigError where the servers do not fit the config.
+    """
+    if section.engine == "pytorch":
+        from retrain.backend.local import LocalBackend
+        from retrain.inference.pytorch import PyTorchEngine
+
+        if not isinstance(backend, LocalBackend):
+            raise ConfigError('inference.engine = "pytorch": samples from a policy in this process, and there is none')
+        return PyTorchEngine(backend.policy, prefix_caching=section.prefix_caching)
+    from retrain.inference.server import ServerEngine
+
+    if serving is None:
         raise ConfigError(f'inference.engine = "{section.engine}": not available yet; use "pytorch"')
-    return PyTorchEngine(backend.policy, prefix_caching=section.prefix_caching)
+    return ServerEngine(section, backend, serving)

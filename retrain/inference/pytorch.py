@@ -1,35 +1,64 @@
-"""`engine = "pytorch"`: samples in this process, from the very modules that train.
+"""`engine = "pytorch"`: samples in this process.
 
-Each prompt is prefilled once and its KV cache is shared by the group; rows that have ended leave the batch. The random
-numbers of a completion come from its own stream, so they do not depend on what else is in the batch.
+Each prompt is computed once for its group and rows that have ended leave the batch. The random numbers of a completion
+come from its own stream, so they do not depend on what else is in the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from retrain.backend.model import Policy
+from retrain.inference.decode import Decoder, Rows
+from retrain.inference.formats import CACHES, WEIGHTS
+from retrain.inference.fused import FusedDecoder, obstacle
+from retrain.inference.merge import MergedModules
+from retrain.inference.modules import ModuleDecoder
 from retrain.streams import uniforms
-from retrain.types import Completion, RetrainError
+from retrain.types import Completion, ConfigError, RetrainError
 
 # Rows that have ended are dropped from the batch when at most this share is still running: copying the cache costs too.
 COMPACT_BELOW = 0.8
+# Above this many tokens, a draw adds up probabilities in blocks.
+SMALL_VOCABULARY, BLOCK = 4096, 128
 
 
 class PyTorchEngine:
-    """See `retrain.inference.Engine`. Publishing is naming: the weights served are the trainer's own."""
+    """See `retrain.inference.Engine`.
 
-    def __init__(self, policy: Policy, *, prefix_caching: bool = True) -> None:
+    merged_copy: decode from a copy of the weights with the adapter merged in, which `publish` renews: faster, at the
+    memory of the adapted layers (on the CPU: of all layers). Without it the modules that train are used as they are.
+    dtype, kv_cache_dtype: as in `[inference]`. path: how this model is decoded, and why, in one line.
+
+    Raises ConfigError for a number format that needs the merged copy or the fast path where there is none.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        prefix_caching: bool = True,
+        merged_copy: bool = True,
+        dtype: str = "auto",
+        kv_cache_dtype: str = "auto",
+    ) -> None:
         self.policy = policy
         self.prefix_caching = prefix_caching
+        self.decoder = open_decoder(policy, merged_copy=merged_copy, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
         self.policy_version = 0
 
+    @property
+    def path(self) -> str:
+        return self.decoder.path
+
+    @torch.no_grad()
     def publish(self, version: int) -> None:
+        self.decoder.refresh()
         self.policy_version = version
 
     def close(self) -> None:
@@ -39,85 +68,15 @@ class PyTorchEngine:
     def generate(
         self, prompts: Sequence[np.ndarray], streams_PG: np.ndarray, *, max_tokens: int, temperature: float
     ) -> list[tuple[Completion, ...]]:
-        self.policy.peft.eval()
         groups, size = streams_PG.shape
-        logits_BV, cache, prompt_mask_BS = self._prefill(prompts, size)
         noise_BT = torch.from_numpy(uniforms(streams_PG.reshape(-1), max_tokens)).to(self.policy.device)
-        tokens_BT, logprobs_BT, lengths_B = self._decode(logits_BV, cache, prompt_mask_BS, noise_BT, temperature)
+        if self.prefix_caching:
+            logits_BV, rows = self.decoder.start(prompts, size, max_tokens)
+        else:
+            logits_BV, rows = self.decoder.start([p for p in prompts for _ in range(size)], 1, max_tokens)
+        tokens_BT, logprobs_BT, lengths_B = decode(logits_BV, rows, noise_BT, temperature, self.policy.eos_ids)
         done = [self._completion(t[:n], p[:n]) for t, p, n in zip(tokens_BT, logprobs_BT, lengths_B, strict=True)]
         return [tuple(done[p * size : (p + 1) * size]) for p in range(groups)]
-
-    def _prefill(self, prompts: Sequence[np.ndarray], size: int) -> tuple[Tensor, Any, Tensor]:
-        """Logits [P * size, V] after each prompt, its KV cache and its left-padding mask, repeated for the group."""
-        if not self.prefix_caching:
-            prompts, size = [prompt for prompt in prompts for _ in range(size)], 1
-        width = max(map(len, prompts))
-        tokens = np.full((len(prompts), width), self.policy.eos_ids[0], dtype=np.int64)
-        mask = np.zeros((len(prompts), width), dtype=np.int64)
-        for row, prompt in enumerate(prompts):
-            tokens[row, width - len(prompt) :] = prompt
-            mask[row, width - len(prompt) :] = 1
-        mask_PS = torch.from_numpy(mask).to(self.policy.device)
-        outputs = self.policy.lm(
-            input_ids=torch.from_numpy(tokens).to(self.policy.device),
-            attention_mask=mask_PS,
-            position_ids=(mask_PS.cumsum(1) - 1).clamp(min=0),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache = outputs.past_key_values
-        if size > 1:
-            cache.batch_repeat_interleave(size)
-        return (
-            outputs.logits[:, -1].repeat_interleave(size, dim=0),
-            cache,
-            mask_PS.repeat_interleave(size, dim=0),
-        )
-
-    def _decode(
-        self, logits_BV: Tensor, cache: Any, mask_BS: Tensor, noise_BT: Tensor, temperature: float
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens and log-probs [B, T] and lengths [B]; row b is valid up to its length, end of sequence included."""
-        rows, limit = noise_BT.shape
-        device = noise_BT.device
-        tokens_BT = torch.zeros(rows, limit, dtype=torch.long, device=device)
-        logprobs_BT = torch.zeros(rows, limit, device=device)
-        lengths_B = torch.full((rows,), limit, dtype=torch.long, device=device)
-        eos = torch.tensor(self.policy.eos_ids, device=device)
-        alive = torch.arange(rows, device=device)  # the original row of each row still in the batch
-        running = torch.ones(rows, dtype=torch.bool, device=device)
-        positions = mask_BS.sum(1)
-        for t in range(limit):
-            chosen, logprob = sample(logits_BV, noise_BT[alive, t], temperature)
-            # Rows that ended but still ride along write behind their length, where nothing reads.
-            tokens_BT[alive, t], logprobs_BT[alive, t] = chosen, logprob
-            ended = running & torch.isin(chosen, eos)
-            lengths_B[alive[ended]] = t + 1
-            running &= ~ended
-            left = int(running.sum())
-            if left == 0 or t + 1 == limit:
-                break
-            if left <= COMPACT_BELOW * len(running):
-                keep = running.nonzero().squeeze(1)
-                cache.batch_select_indices(keep)
-                alive, chosen, mask_BS, positions, running = (
-                    x[keep] for x in (alive, chosen, mask_BS, positions, running)
-                )
-            mask_BS = torch.cat((mask_BS, mask_BS.new_ones(len(mask_BS), 1)), dim=1)
-            outputs = self.policy.lm(
-                input_ids=chosen[:, None],
-                attention_mask=mask_BS,
-                position_ids=positions[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits_BV, positions = outputs.logits[:, -1], positions + 1
-        if not logprobs_BT.isfinite().all():
-            raise RetrainError(
-                "the model's logits are not finite, so nothing can be sampled: the adapter has diverged, or the number "
-                "format is too narrow. Go back to an earlier checkpoint, with a lower training.lr or in fp32"
-            )
-        return tokens_BT.cpu().numpy(), logprobs_BT.cpu().numpy(), lengths_B.cpu().numpy()
 
     def _completion(self, tokens_T: np.ndarray, logprobs_T: np.ndarray) -> Completion:
         return Completion(
@@ -129,20 +88,108 @@ class PyTorchEngine:
         )
 
 
+@torch.no_grad()
+def open_decoder(policy: Policy, *, merged_copy: bool, dtype: str, kv_cache_dtype: str) -> Decoder:
+    """The fastest decoder that computes what this model computes; see `PyTorchEngine` for the arguments."""
+    own = policy.head.weight.dtype
+    weights = WEIGHTS.get(dtype, own)
+    why = obstacle(policy) if merged_copy else "inference.merged_copy = false"
+    if why is None:
+        fused = FusedDecoder(policy, weights, CACHES.get(kv_cache_dtype, weights))
+        if reproduces(fused, policy):
+            return fused
+        why = "its fused form does not compute what the modules do"
+    if kv_cache_dtype != "auto":
+        raise ConfigError(
+            f'inference.kv_cache_dtype = "{kv_cache_dtype}": this model is decoded through transformers\' modules, '
+            f'whose cache has the format of the weights ({why}); use "auto"'
+        )
+    if not merged_copy and weights != own:
+        raise ConfigError(f'inference.dtype = "{dtype}": only a merged copy has a format of its own; use "auto"')
+    return ModuleDecoder(policy, MergedModules(policy.lm, weights) if merged_copy else None, why)
+
+
+def reproduces(decoder: FusedDecoder, policy: Policy) -> bool:
+    """Whether the decoder's logits are the model's own, on two prompts of different length and a token after each."""
+    ids = np.arange(11) % policy.lm.config.vocab_size
+    prompts, after = [ids[:3], ids[3:10]], torch.from_numpy(ids[9:11]).to(policy.device)
+    first, rows = decoder.start(prompts, 1, 2)
+    ours = torch.stack((first, rows.step(after)), dim=1).float()
+    theirs = torch.stack(
+        [
+            policy.lm(input_ids=torch.cat((torch.from_numpy(prompt).to(after), token[None]))[None]).logits[0, -2:]
+            for prompt, token in zip(prompts, after, strict=True)
+        ]
+    ).float()
+    exact = decoder.dtype == decoder.cache_dtype == torch.float32
+    return bool((ours - theirs).norm() <= (1e-3 if exact else 5e-2) * theirs.norm())
+
+
+def decode(
+    logits_BV: Tensor, rows: Rows, noise_BT: Tensor, temperature: float, eos_ids: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens and log-probs [B, T] and lengths [B]; row b is valid up to its length, end of sequence included."""
+    count, limit = noise_BT.shape
+    device = noise_BT.device
+    noise_TB = noise_BT.T.contiguous()
+    tokens_TB = torch.zeros(limit, count, dtype=torch.long, device=device)
+    logprobs_TB = torch.zeros(limit, count, device=device)
+    goes_on_V = torch.ones(logits_BV.shape[1], dtype=torch.bool, device=device)
+    goes_on_V[list(eos_ids)] = False
+    alive = torch.arange(count, device=device)  # the original row of each row still in the batch
+    running = torch.ones(count, dtype=torch.bool, device=device)
+    for t in range(limit):
+        chosen, logprob = sample(logits_BV, noise_TB[t, alive], temperature)
+        # Rows that ended but still ride along write behind their end, where nothing reads.
+        tokens_TB[t, alive], logprobs_TB[t, alive] = chosen, logprob
+        running &= goes_on_V[chosen]
+        left = int(running.sum())
+        if left == 0 or t + 1 == limit:
+            break
+        if left <= COMPACT_BELOW * len(running):
+            keep = running.nonzero().squeeze(1)
+            rows.keep(keep)
+            alive, chosen, running = alive[keep], chosen[keep], running[keep]
+        logits_BV = rows.step(chosen)
+    if not logprobs_TB.isfinite().all():
+        raise RetrainError(
+            "the model's logits are not finite, so nothing can be sampled: the adapter has diverged, or the number "
+            "format is too narrow. Go back to an earlier checkpoint, with a lower training.lr or in fp32"
+        )
+    ended_TB = ~goes_on_V[tokens_TB]
+    lengths_B = torch.where(ended_TB.any(0), ended_TB.int().argmax(0) + 1, limit)
+    return tokens_TB.T.cpu().numpy(), logprobs_TB.T.cpu().numpy(), lengths_B.cpu().numpy()
+
+
 def sample(logits_BV: Tensor, noise_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Tokens [B] by inversion of the cumulative distribution at `noise_B` in [0, 1), and their log-probs [B], float32.
 
     One uniform number a token makes the choice a function of the row's own stream. Temperature 0 takes the most likely.
     """
-    logprobs_BV = torch.log_softmax(logits_BV.float() / (temperature or 1.0), dim=-1)
+    logits_BV = logits_BV.float()
+    p_BV = torch.softmax(logits_BV if temperature in (0, 1) else logits_BV / temperature, dim=-1)
+    vocabulary = p_BV.shape[1]
     if temperature == 0:
-        logprob, token = logprobs_BV.max(dim=-1)
-        return token, logprob
-    mass_BV = logprobs_BV.exp().cumsum(-1)
-    total = mass_BV[:, -1:]
-    # Rounding must not carry the target up to the total: no token's mass lies above it. "right" never picks a token
-    # of zero mass, because its cumulative value equals its predecessor's.
-    target = torch.minimum(noise_B[:, None] * total, total * (1 - torch.finfo(torch.float32).eps))
-    # Logits that are not finite find no token at all; their log-prob tells.
-    token = torch.searchsorted(mass_BV, target, right=True).squeeze(1).clamp(max=mass_BV.shape[1] - 1)
-    return token, logprobs_BV.gather(1, token[:, None]).squeeze(1)
+        token_B1 = logits_BV.argmax(dim=-1, keepdim=True)
+    elif vocabulary <= SMALL_VOCABULARY:
+        token_B1 = _draw(p_BV.cumsum(-1), noise_B[:, None])
+    else:
+        # The cumulative sum over a whole vocabulary costs more than all the rest: add up blocks, then the one it is in.
+        p_BNE = F.pad(p_BV, (0, -vocabulary % BLOCK)).unflatten(1, (-1, BLOCK))
+        block_BN = p_BNE.sum(-1)
+        sums_BN = block_BN.cumsum(-1)
+        block_B1 = _draw(sums_BN, noise_B[:, None])
+        left_B1 = noise_B[:, None] - (sums_BN.gather(1, block_B1) - block_BN.gather(1, block_B1))
+        within_BE = p_BNE[torch.arange(len(p_BV), device=p_BV.device), block_B1[:, 0]]
+        token_B1 = (block_B1 * BLOCK + _draw(within_BE.cumsum(-1), left_B1)).clamp(max=vocabulary - 1)
+    # A token that is drawn has a probability above zero, whose logarithm is as exact as log_softmax.
+    return token_B1.squeeze(1), p_BV.gather(1, token_B1).squeeze(1).log()
+
+
+def _draw(sums_BN: Tensor, target_B1: Tensor) -> Tensor:
+    """The entry [B, 1] in whose share of the cumulative sums the target falls, between the first and the last entry of
+    mass above zero: "right" passes over entries of none, as their cumulative value is their predecessor's."""
+    # Rounding must leave the target neither below 0 nor at the total or above: nothing lies there.
+    target_B1 = torch.minimum(target_B1.clamp(min=0), sums_BN[:, -1:] * (1 - torch.finfo(torch.float32).eps))
+    # Sums that are not finite have no entry at all; the log-prob of the one that is then taken tells.
+    return torch.searchsorted(sums_BN, target_B1, right=True).clamp_(max=sums_BN.shape[1] - 1)

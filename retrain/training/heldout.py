@@ -11,7 +11,7 @@ import numpy as np
 
 from retrain import data, reward
 from retrain.backend import open_backend
-from retrain.inference import Engine, open_engine
+from retrain.inference import Engine, Serving, open_engine
 from retrain.training.evaluate import Evaluation, evaluate
 from retrain.training.prompts import encode_prompts
 from retrain.types import ConfigError, Example
@@ -42,13 +42,14 @@ def evaluate_adapter(config: Config, adapter: Path | None, *, say: Callable[[str
         max_prompt_tokens=config.training.max_prompt_tokens,
         say=say,
     )
+    engine = open_engine(config.inference, backend, Serving.of(config, say))
     scorer = reward.open_scorer(config.reward.type)
     try:
-        return evaluate_held_out(
-            config, open_engine(config.inference, backend), scorer, examples, prompt_tokens, seed=seed
-        )
+        engine.publish(0)
+        return evaluate_held_out(config, engine, scorer, examples, prompt_tokens, seed=seed)
     finally:
         scorer.close()
+        engine.close()
 
 
 def _shaped_like(config: Config, adapter: Path | None) -> Config:

@@ -16,7 +16,7 @@ from retrain import data, planning, reward
 from retrain.algorithm.sepa import SepaController
 from retrain.backend import open_backend
 from retrain.config import check_available, dump_toml, without_effect
-from retrain.inference import open_engine
+from retrain.inference import ServerLost, Serving, open_engine
 from retrain.training import checkpoint, durable
 from retrain.training.checkpoint import Checkpoint, TrainerState
 from retrain.training.collect import Collector
@@ -29,7 +29,7 @@ from retrain.training.metadata import Metadata
 from retrain.training.prompts import encode_prompts
 from retrain.training.records import last_row
 from retrain.training.start import changed_keys, find_start, is_finished, resume_hint, same_folder
-from retrain.types import ConfigError, EngineError, RetrainError
+from retrain.types import ConfigError, RetrainError
 
 if TYPE_CHECKING:
     from retrain.config import Config
@@ -108,7 +108,7 @@ def open_run(config: Config, start: Checkpoint | None, interrupts: Interrupts, o
         "max_prompt_tokens": config.training.max_prompt_tokens,
     }
     examples, prompt_tokens = encode_prompts(dataset.train, backend.tokenizer, **limits, say=observer.say)
-    engine = open_engine(config.inference, backend)
+    engine = open_engine(config.inference, backend, Serving.of(config, observer.say))
     scorer = reward.open_scorer(config.reward.type)
     held_out = dataset.eval if config.eval.every else ()
     eval_examples, eval_tokens = encode_prompts(held_out, backend.tokenizer, **limits, say=observer.say)
@@ -185,9 +185,10 @@ def _finish(run: Run, metadata: Metadata) -> TrainResult:
         if run.backend.base_digest() != metadata.content["base_sha256"]:
             raise RetrainError("the base model's weights changed during the run: its results are void")
         status = "finished"
-    except EngineError as error:
+    except ServerLost as error:
+        # Servers are asked at the beginning of a step only: the state is that of the last one.
         save(run)
-        raise EngineError(f"{error}\nThe {run.state.step} finished steps are saved. {resume_hint(log_dir)}") from error
+        raise ServerLost(f"{error}\nCheckpoint of step {run.state.step} written. {resume_hint(log_dir)}") from error
     except Interrupted:
         save(run)
         status = "interrupted"

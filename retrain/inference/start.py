@@ -1,0 +1,64 @@
+"""What is asked of a server before anything is published to it: whether it is the one that the config means."""
+
+from __future__ import annotations
+
+from retrain.inference import Serving
+from retrain.inference.checks import choose_model
+from retrain.inference.dialects import Ask, as_list
+from retrain.inference.http import Call, Failure, Refused
+from retrain.inference.probe import TOKENIZER_TEXT
+from retrain.inference.session import Server, Session
+from retrain.types import ConfigError, RetrainError
+
+
+async def look_at(session: Session, url: str, greeting: Ask, serving: Serving) -> Server:
+    """The server at `url`, once it fits the config. greeting: a completion of the base model that it has to answer.
+
+    Raises ConfigError, with the remedy, where it does not.
+    """
+    server = Server(url)
+    try:
+        await session.is_healthy(server)
+        models = await session.models(server)
+    except Failure as failure:
+        raise ConfigError(
+            f'inference.url: {url} does not answer as a "{session.terms.dialect.engine}" server does: {failure}. Start '
+            "it (`retrain serve CONFIG` does), or correct inference.url or inference.engine"
+        ) from failure
+    server.model, server.context = choose_model(url, serving.model, models)
+    if server.context is not None and server.context <= serving.max_tokens:
+        raise ConfigError(
+            f"{url}: its context of {server.context} tokens has no room for a prompt and training.max_tokens = "
+            f"{serving.max_tokens}. Start it with a longer one, or lower training.max_tokens"
+        )
+    await _compare_tokenizers(session, server, serving)
+    await _greet(session, server, greeting)
+    context = "" if server.context is None else f", with a context of {server.context} tokens"
+    serving.say(f"{url} serves {server.model}{context}")
+    return server
+
+
+async def _compare_tokenizers(session: Session, server: Server, serving: Serving) -> None:
+    path = session.terms.dialect.tokenize
+    if not path:
+        return
+    body = {"model": server.model, "prompt": TOKENIZER_TEXT, "add_special_tokens": False}
+    try:
+        theirs = as_list(await session.once(server, Call(path, body)), "tokens")
+    except Refused:
+        return  # an older server does not offer it; the log-probs of the first publication have to do
+    except Failure as failure:
+        raise ConfigError(f"{server.url}: its tokenizer cannot be compared: {failure}") from failure
+    if theirs != list(session.terms.tokenizer(TOKENIZER_TEXT, add_special_tokens=False)["input_ids"]):
+        raise ConfigError(
+            f"{server.url} has another tokenizer than model.model = {serving.model}; it calls its model "
+            f"{server.model}. Start it with the config's model, or correct model.model or inference.url"
+        )
+
+
+async def _greet(session: Session, server: Server, greeting: Ask) -> None:
+    try:
+        await session.sample(server, greeting)
+    except RetrainError as error:
+        remedy = session.terms.dialect.enable_logprobs
+        raise ConfigError(f"{error}. Where it is log-probabilities that it does not give: {remedy}") from error
