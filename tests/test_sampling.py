@@ -7,12 +7,15 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 import tiny_models as models
 from retrain.inference import pytorch
 from retrain.inference.pytorch import PyTorchEngine, sample
 from retrain.streams import uniforms
+from retrain.types import RetrainError
 
 PROMPTS = [np.arange(2, 2 + n) for n in (1, 40, 7)]
 STREAMS = np.arange(12, dtype=np.uint64).reshape(3, 4)
@@ -85,6 +88,32 @@ def test_temperature_zero_takes_the_likeliest_and_reports_its_log_probability():
     token, logprob = sample(logits, torch.zeros(20), 0.0)
     assert torch.equal(token, logits.argmax(1))
     torch.testing.assert_close(logprob, logits.log_softmax(1).amax(1))
+
+
+@given(
+    vocabulary=st.sampled_from([2, 9, 127, 4096, 4097, 5000, 12_800]),
+    spread=st.floats(0.0, 40.0),
+    temperature=st.sampled_from([0.4, 1.0, 1.7]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_a_draw_inverts_the_cumulative_distribution(vocabulary, spread, temperature, seed):
+    """Against float64: the number drawn lies in the token's share of [0, 1), up to float32 rounding."""
+    rng = np.random.default_rng(seed)
+    logits = (spread * rng.standard_normal((16, vocabulary))).astype(np.float32)
+    logits[:, rng.random(vocabulary) < 0.3] = -np.inf
+    logits[:, seed % vocabulary] = 0.0
+    u = rng.random(16, dtype=np.float32)
+    u[:2] = 0.0, LAST
+    token, logprob = sample(torch.from_numpy(logits), torch.from_numpy(u), temperature)
+    scaled = logits.astype(np.float64) / temperature
+    p = np.exp(scaled - scaled.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    above = p.cumsum(1)[np.arange(16), token]
+    own = p[np.arange(16), token]
+    assert (own > 0).all()
+    assert (above - own <= u + 1e-6).all()
+    assert (u <= above + 1e-6).all()
+    np.testing.assert_allclose(logprob, np.log(own), rtol=1e-6, atol=2e-6)
 
 
 def test_a_large_vocabulary_at_the_end_of_the_unit_interval():
@@ -187,9 +216,25 @@ def test_text_leaves_special_tokens_out_and_versions_are_stamped(engine):
     assert (decoded.finish_reason, len(decoded)) == ("stop", 3)
 
 
-def test_a_step_shows_in_the_next_completions(open_local):
+def test_an_update_shows_once_it_is_published(open_local):
     backend = open_local("qwen3", training__lr=0.1)
-    own = PyTorchEngine(backend.policy)
-    before = tokens(generate(own))
+    copied, live = PyTorchEngine(backend.policy), PyTorchEngine(backend.policy, merged_copy=False)
+    before = tokens(generate(copied))
+    assert tokens(generate(live)) == before
     backend.step(models.random_batch(0, [4, 5], [[6, 6], [3, 9]]), 0)
-    assert tokens(generate(own)) != before
+    assert tokens(generate(copied)) == before
+    copied.publish(1)
+    assert tokens(generate(copied)) == tokens(generate(PyTorchEngine(backend.policy))) != before
+    # The very modules that train have nothing to publish.
+    assert tokens(generate(live)) == tokens(generate(copied))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_adapter_that_has_diverged_is_an_error(kind, open_local):
+    policy = open_local(kind).policy
+    own = PyTorchEngine(policy)
+    with torch.no_grad():
+        policy.adapter_parameters()[1].fill_(torch.nan)
+    own.publish(1)
+    with pytest.raises(RetrainError, match="not finite.*earlier checkpoint"):
+        generate(own)

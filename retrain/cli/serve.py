@@ -26,6 +26,8 @@ from retrain.types import ConfigError, RetrainError
 
 POLL_SECONDS = 0.5
 STOP_SECONDS = 20.0
+# Large weights take minutes to read; a server that fails ends by itself.
+START_SECONDS = 1800.0
 REQUEST_SECONDS = 5.0
 
 
@@ -66,7 +68,7 @@ def serving(config: Config, launch: Launch, program: str | None) -> Iterator[sub
     server = subprocess.Popen([found, *launch.argv[1:]], env=environment, stdout=sys.stderr, start_new_session=True)
     previous = signal.signal(signal.SIGTERM, _as_interrupt)
     try:
-        _wait_until_ready(server, url + DIALECTS[config.inference.engine].health, config.inference.request_timeout_s)
+        _wait_until_ready(server, url + DIALECTS[config.inference.engine].health)
         yield server
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -77,15 +79,13 @@ def _as_interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt("stopped by a signal")
 
 
-def _wait_until_ready(server: subprocess.Popen[bytes], health: str, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
+def _wait_until_ready(server: subprocess.Popen[bytes], health: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
     while not _answers(health):
         if server.poll() is not None:
             raise RetrainError(f"the server ended with exit status {server.returncode} before it was ready; see above")
         if time.monotonic() > deadline:
-            raise RetrainError(
-                f"the server did not answer at {health} within inference.request_timeout_s = {seconds:g} s"
-            )
+            raise RetrainError(f"the server did not answer at {health} within {START_SECONDS / 60:g} minutes")
         time.sleep(POLL_SECONDS)
 
 

@@ -181,7 +181,8 @@ def test_a_server_that_is_killed_and_restarted(config, tmp_path):
 def test_a_pretrained_model(tmp_path):
     done = retrain(
         "serve", "configs/smollm2.toml", "--train", "--program", PROGRAM, "--engine", "vllm",
-        "--url", f"http://127.0.0.1:{free_port()}", "--backend-adapter-path", tmp_path / "adapters", "--max-prompt-tokens", 400,
+        "--url", f"http://127.0.0.1:{free_port()}", "--backend-adapter-path", tmp_path / "adapters",
+        "--max-prompt-tokens", 400,
         "--max-steps", 2, "--batch-size", 2, "--group-size", 4, "--no-skip-uniform-groups", "--entropy-coef", 0.01,
         "--log-dir", tmp_path / "run",
     )  # fmt: skip
