@@ -221,7 +221,7 @@ class FakeServer:
         match request.path:
             case "/health":
                 return 200, ""
-            case "/v1/models":
+            case "/v1/models" if self.form != "mlx":
                 return 200, {"object": "list", "data": self._models()}
             case "/tokenize" if self.tokenizes:
                 ids = self.tokenizer(body["prompt"], add_special_tokens=body["add_special_tokens"])["input_ids"]

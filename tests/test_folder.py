@@ -179,7 +179,7 @@ def fill(log_dir, metrics, generations):
     (log_dir / GENERATIONS).write_bytes(generations)
 
 
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     per_step=st.lists(st.integers(0, 4), max_size=8),
     up_to=st.integers(0, 9),
@@ -248,7 +248,7 @@ def test_nothing_to_read(tmp_path):
         assert list(records.rows(path)) == []
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sizes=st.lists(st.integers(0, 400), min_size=1, max_size=12), torn=st.integers(0, 300), chunk=st.integers(1, 90))
 def test_last_row_is_the_last_of_all_rows(tmp_path, sizes, torn, chunk):
     """Lines shorter and longer than a chunk, chunks that begin anywhere in a line."""
@@ -267,9 +267,9 @@ def test_a_line_of_many_chunks(tmp_path):
     path = tmp_path / METRICS
     rows = [row(1), row(2, 20 * records._CHUNK)]
     path.write_bytes(b"".join(lines(rows)) + b"\0" * 3 * records._CHUNK)
-    began = time.perf_counter()
+    began = time.process_time()
     assert records.last_row(path) == rows[-1]
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 def test_damage_at_the_end_is_said(tmp_path):

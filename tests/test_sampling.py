@@ -111,9 +111,10 @@ def test_a_draw_inverts_the_cumulative_distribution(vocabulary, spread, temperat
     above = p.cumsum(1)[np.arange(16), token]
     own = p[np.arange(16), token]
     assert (own > 0).all()
-    assert (above - own <= u + 1e-6).all()
-    assert (u <= above + 1e-6).all()
-    np.testing.assert_allclose(logprob, np.log(own), rtol=1e-6, atol=2e-6)
+    rounding = 5e-6 + 2e-7 * np.abs(scaled[np.isfinite(scaled)]).max()
+    assert (above - own <= u + rounding).all()
+    assert (u <= above + rounding).all()
+    np.testing.assert_allclose(logprob, np.log(own), rtol=0, atol=rounding)
 
 
 def test_a_large_vocabulary_at_the_end_of_the_unit_interval():
@@ -236,5 +237,5 @@ def test_an_adapter_that_has_diverged_is_an_error(kind, open_local):
     with torch.no_grad():
         policy.adapter_parameters()[1].fill_(torch.nan)
     own.publish(1)
-    with pytest.raises(RetrainError, match="not finite.*earlier checkpoint"):
+    with pytest.raises(RetrainError, match=r"not finite.*earlier checkpoint"):
         generate(own)

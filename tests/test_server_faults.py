@@ -160,6 +160,7 @@ def test_a_server_that_stays_away_ends_the_wait(serve, connect):
     with pytest.raises(ServerLost, match=rf"{fake.url} does not answer: .*request_timeout_s = 0.5"):
         generate(engine)
     assert 0.5 < time.monotonic() - began < 3
+    assert len([line for line in engine.said if "waiting for it" in line]) == 1
     fake.restart()
     assert len(tokens(generate(engine))) == 12
 

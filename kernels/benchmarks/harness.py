@@ -255,15 +255,14 @@ def _time(entries: Mapping[str, Entry], runs: Mapping[str, Run], case: Case, arg
             time_calls(run, args.device, calls[key])
     order = list(runs)
     ours = entries[order[0]].seconds
-    for _ in range(args.rounds):
+    for round_ in range(args.rounds):
         # Between rounds, lest the collector runs inside one.
         gc.collect()
         gc.disable()
-        for key in order:
+        # A call pays for the caches that the one before it leaves: there and back, each has both its neighbours.
+        for key in order if round_ % 2 == 0 else reversed(order):
             entries[key].seconds.append(time_calls(runs[key], args.device, calls[key]))
         gc.enable()
-        # Who goes first pays for cold caches: that is another one every time.
-        order = [*order[1:], order[0]]
     for key in runs:
         entries[key].ratios = [theirs / own for theirs, own in zip(entries[key].seconds, ours, strict=True)]
 

@@ -81,7 +81,8 @@ class Dialect:
     in_request: the adapter goes into each request instead. obstacle: why no adapter can be served, where neither is
     there. convert: adds the server's own format to the PEFT adapter in a folder.
     listed: /v1/models names the adapters that are loaded. scoring: None where given tokens cannot be scored.
-    takes_text: prompts go in as text. seed_bits: of the seeds it takes. concurrent: most requests at a time.
+    by_name: it loads whichever model a request names. takes_text: prompts go in as text. seed_bits: of the seeds it
+    takes. concurrent: most requests at a time.
     health: path that answers when the server is ready. tokenize: path that shows its tokenizer, "" where there is none.
     key_variable: environment variable with the key, "" for none. At the end, remedies for what a check may find.
     """
@@ -96,6 +97,7 @@ class Dialect:
     obstacle: str = ""
     listed: bool = False
     scoring: Scoring | None = None
+    by_name: bool = False
     takes_text: bool = False
     seed_bits: int = 31
     concurrent: int = 256
@@ -369,6 +371,7 @@ DIALECTS = {
             _read_mlx,
             in_request=True,
             convert=to_mlx,
+            by_name=True,
             takes_text=True,
             # With a seed it answers one request after the other.
             concurrent=1,

@@ -91,10 +91,10 @@ class Layer:
 
 
 class FusedDecoder:
-    """See `retrain.inference.decode.Decoder`. dtype: of the copy. cache_dtype: of keys and values."""
+    """See `retrain.inference.decode.Decoder`. dtype: of the copy. cache_dtype: of keys and values, to be set freely."""
 
-    def __init__(self, policy: Policy, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
-        self.policy, self.dtype, self.cache_dtype = policy, dtype, cache_dtype
+    def __init__(self, policy: Policy, dtype: torch.dtype) -> None:
+        self.policy, self.dtype, self.cache_dtype = policy, dtype, dtype
         model, config = policy.lm.model, policy.lm.config
         self.path = f"fused {config.model_type}"
         attention = model.layers[0].self_attn

@@ -24,7 +24,7 @@ TEXT = (
 )
 # For the tokenizers: what they treat differently.
 TOKENIZER_TEXT = TEXT + "\n\n\tnaïve café — 3.14159e-5, x_1^2 != y; 12345678 北京 🙂 def f(x):\n        return x  \r\n"
-PROMPT_TOKENS, SCORED_TOKENS, SAMPLED_TOKENS = 48, 32, 16
+PROMPT_TOKENS, SCORED_TOKENS, SAMPLED_TOKENS = 48, 32, 4
 SAMPLED_STREAM = 20_011
 
 # Nats by which a token's log-prob may differ from the trainer's, by the coarsest number format on either side. Two

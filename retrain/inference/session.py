@@ -78,6 +78,7 @@ class Session:
         self._slots: dict[str, asyncio.Semaphore] = {}
         self._restoring: dict[str, asyncio.Lock] = {}
         self._restored: dict[str, int] = {}  # how often each server was brought back
+        self._given_up: dict[str, ServerLost] = {}
 
     async def sample(self, server: Server, ask: Ask) -> Sample | None:
         """One completion; None where the server's text does not tell its tokens. Raises as `ask` does."""
@@ -194,8 +195,14 @@ class Session:
         one restoration.
         """
         async with self._restoring.setdefault(server.url, asyncio.Lock()):
+            if server.url in self._given_up:
+                raise self._given_up[server.url]
             if self._restored.get(server.url, 0) == life:
-                await self._wait(server, failure)
+                try:
+                    await self._wait(server, failure)
+                except ServerLost as lost:
+                    self._given_up[server.url] = lost
+                    raise
                 self._restored[server.url] = life + 1
 
     async def _wait(self, server: Server, failure: Failure) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from retrain.assets import resolve_model
 from retrain.inference import Serving
 from retrain.inference.checks import choose_model
 from retrain.inference.dialects import Ask, as_list
@@ -19,13 +20,16 @@ async def look_at(session: Session, url: str, greeting: Ask, serving: Serving) -
     server = Server(url)
     try:
         await session.is_healthy(server)
-        models = await session.models(server)
+        models = [] if session.terms.dialect.by_name else await session.models(server)
     except Failure as failure:
         raise ConfigError(
             f'inference.url: {url} does not answer as a "{session.terms.dialect.engine}" server does: {failure}. Start '
             "it (`retrain serve CONFIG` does), or correct inference.url or inference.engine"
         ) from failure
-    server.model, server.context = choose_model(url, serving.model, models)
+    if session.terms.dialect.by_name:
+        server.model = resolve_model(serving.model)
+    else:
+        server.model, server.context = choose_model(url, serving.model, models)
     if server.context is not None and server.context <= serving.max_tokens:
         raise ConfigError(
             f"{url}: its context of {server.context} tokens has no room for a prompt and training.max_tokens = "
