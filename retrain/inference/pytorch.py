@@ -171,21 +171,24 @@ def sample(logits_BV: Tensor, noise_B: Tensor, temperature: float) -> tuple[Tens
     logits_BV = logits_BV.float()
     p_BV = torch.softmax(logits_BV if temperature in (0, 1) else logits_BV / temperature, dim=-1)
     vocabulary = p_BV.shape[1]
+    # Over a large vocabulary, softmax normalises by a sum that is off by 1e-5; this one is added up pairwise.
+    total_B1 = p_BV.sum(dim=-1, keepdim=True)
+    target_B1 = noise_B[:, None] * total_B1
     if temperature == 0:
         token_B1 = logits_BV.argmax(dim=-1, keepdim=True)
     elif vocabulary <= SMALL_VOCABULARY:
-        token_B1 = _draw(p_BV.cumsum(-1), noise_B[:, None])
+        token_B1 = _draw(p_BV.cumsum(-1), target_B1)
     else:
         # The cumulative sum over a whole vocabulary costs more than all the rest: add up blocks, then the one it is in.
         p_BNE = F.pad(p_BV, (0, -vocabulary % BLOCK)).unflatten(1, (-1, BLOCK))
         block_BN = p_BNE.sum(-1)
         sums_BN = block_BN.cumsum(-1)
-        block_B1 = _draw(sums_BN, noise_B[:, None])
-        left_B1 = noise_B[:, None] - (sums_BN.gather(1, block_B1) - block_BN.gather(1, block_B1))
+        block_B1 = _draw(sums_BN, target_B1)
+        left_B1 = target_B1 - (sums_BN.gather(1, block_B1) - block_BN.gather(1, block_B1))
         within_BE = p_BNE[torch.arange(len(p_BV), device=p_BV.device), block_B1[:, 0]]
         token_B1 = (block_B1 * BLOCK + _draw(within_BE.cumsum(-1), left_B1)).clamp(max=vocabulary - 1)
-    # A token that is drawn has a probability above zero, whose logarithm is as exact as log_softmax.
-    return token_B1.squeeze(1), p_BV.gather(1, token_B1).squeeze(1).log()
+    # The logarithm of a probability that is clearly above 0 is as exact as log_softmax.
+    return token_B1.squeeze(1), (p_BV.gather(1, token_B1) / total_B1).squeeze(1).log()
 
 
 def _draw(sums_BN: Tensor, target_B1: Tensor) -> Tensor:
