@@ -120,7 +120,6 @@ def test_ready(ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--source", "nothing.jsonl"], "data", "no such file"),
         (["--model", "."], "model", "no readable config.json"),
         (["--log-dir", "ready.toml/x"], "log_dir", "cannot be written"),
-        (["--engine", "vllm"], "engine", "no inference.url"),
         (["--engine", "vllm", "--url", "http://127.0.0.1:9"], "engine", "does not answer"),
     ],
 )

@@ -93,9 +93,6 @@ def test_allowed_combination(values: dict[str, Any]) -> None:
     [
         ({"backend__backend": "tinker"}, "backend.backend"),
         ({"backend__devices": "gpu:0,gpu:1"}, "backend.devices"),
-        ({"inference__attention_kernel": "flash"}, "inference.attention_kernel"),
-        ({"inference__dtype": "fp8"}, "inference.dtype"),
-        ({"inference__kv_cache_dtype": "int8"}, "inference.kv_cache_dtype"),
         ({"data__source": "math"}, "data.source"),
         ({"data__source": "gsm8k"}, "data.source"),
         ({"data__source": "reasoning_gym:sudoku"}, "data.source"),
@@ -179,6 +176,11 @@ def test_available(source: str) -> None:
         ({"eval__examples": 5}, "eval.examples", "eval.every = 0"),
         ({"data__prompt_field": "q", "data__source": "arithmetic"}, "data.prompt_field", "arithmetic"),
         ({"inference__url": "http://x"}, "inference.url", 'inference.engine = "pytorch"'),
+        (
+            {"inference__merged_copy": False, "inference__engine": "vllm", "inference__url": "http://x"},
+            "inference.merged_copy",
+            'inference.engine = "vllm"',
+        ),
         ({"training__dtype": "bf16", "backend__backend": "tinker"}, "training.dtype", "tinker"),
         ({"squeeze__compress_to": 4}, "squeeze.compress_to", "squeeze.output_path"),
     ],

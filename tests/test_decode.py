@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -11,9 +9,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 import tiny_models as models
 from retrain.backend.local import LocalBackend
-from retrain.config.sections import InferenceConfig
 from retrain.inference import fused, pytorch
-from retrain.inference.formats import refusal
 from retrain.inference.fused import FusedDecoder, obstacle
 from retrain.inference.modules import ModuleDecoder
 from retrain.inference.pytorch import PyTorchEngine
@@ -294,31 +290,6 @@ def test_a_narrow_cache_is_used_and_shows_in_the_log_probs(cache, low, high, ope
 def test_formats_that_need_another_way_are_refused(kind, options, message, opened):
     with pytest.raises(ConfigError, match=message):
         PyTorchEngine(opened(kind).policy, **options)
-
-
-@pytest.mark.parametrize(
-    ("keys", "device", "needles"),
-    [
-        ({}, "cpu", None),
-        ({"dtype": "bf16", "kv_cache_dtype": "fp8"}, "cpu", None),
-        ({"kv_cache_dtype": "bf16"}, "mps", None),
-        ({"kv_cache_dtype": "fp8"}, "mps", ["kv_cache_dtype", "Metal"]),
-        ({"kv_cache_dtype": "int8"}, "cuda", ["kv_cache_dtype", "vllm", "int8_per_token_head"]),
-        ({"dtype": "fp8"}, "cuda", ["inference.dtype", "vllm", "sglang", "Hopper"]),
-        ({"dtype": "fp4"}, "cpu", ["inference.dtype", "Blackwell"]),
-        ({"attention_kernel": "flash"}, "cuda", ["attention_kernel", '"default"', "vllm", "--attention-backend"]),
-        ({"attention_kernel": "triton"}, "cpu", ["attention_kernel", "sglang"]),
-        ({"attention_kernel": "cutlass"}, "cpu", ["attention_kernel", "sglang"]),
-        ({"attention_kernel": "tk"}, "cuda", ["attention_kernel", "ThunderKittens"]),
-    ],
-)
-def test_what_the_engine_does_not_offer_is_refused_with_who_does(keys, device, needles, tmp_path):
-    message = refusal(InferenceConfig(**keys), torch.device(device))
-    assert (message is None) == (needles is None)
-    for needle in needles or []:
-        assert needle in message
-    key = next(iter(keys), None)
-    assert message is None or message.startswith(f"inference.{key} = {json.dumps(keys[key])}: ")
 
 
 def test_the_loop_ends_with_the_last_row(opened):

@@ -19,6 +19,7 @@ from retrain.assets import resolve_model
 from retrain.cli.explain import human_bytes, not_available
 from retrain.cli.flags import parse
 from retrain.config import DEFAULT_PATH, Config, run_matrix
+from retrain.config.engines import parse_urls
 from retrain.types import ConfigError
 
 if TYPE_CHECKING:
@@ -83,8 +84,8 @@ def examine(config: Config | None) -> Iterator[Finding]:
     if not missing:
         yield _data(config)
     yield _disk(Path(config.logging.log_dir))
-    if config.inference.engine != "pytorch" or config.inference.url:
-        yield _engine(config.inference.url)
+    if config.inference.engine != "pytorch":
+        yield from map(_server, parse_urls(config.inference.url, config.inference.engine))
 
 
 def _torch() -> Finding:
@@ -181,16 +182,16 @@ def _disk(log_dir: Path) -> Finding:
     )
 
 
-def _engine(url: str) -> Finding:
-    if not url:
-        return Finding("fail", "engine", "no inference.url", "set inference.url to the server's address")
+def _server(url: str) -> Finding:
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/v1/models", timeout=REQUEST_SECONDS) as answer:
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=REQUEST_SECONDS) as answer:
             return Finding("ok", "engine", f"{url} answers ({answer.status})")
     except urllib.error.HTTPError as exc:
         return Finding("ok", "engine", f"{url} answers ({exc.code})")
     except (OSError, ValueError) as exc:
-        return Finding("fail", "engine", f"{url} does not answer: {exc}", "start the server, or correct inference.url")
+        return Finding(
+            "fail", "engine", f"{url} does not answer: {exc}", "start it (`retrain serve CONFIG`), or correct the url"
+        )
 
 
 def _print(findings: list[Finding], can_run: bool, subject: str) -> None:

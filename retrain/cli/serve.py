@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from retrain.cli.flags import parse
 from retrain.cli.train import train_config
 from retrain.config import Config, check_available
-from retrain.inference.checks import parse_urls
+from retrain.config.engines import parse_urls
 from retrain.inference.dialects import DIALECTS
 from retrain.inference.launch import Launch, serve_command
 from retrain.types import ConfigError, RetrainError

@@ -16,9 +16,6 @@ from retrain.types import ConfigError
 NOT_YET = {
     "backend.backend": 'use "local"',
     "model.base_url": "",
-    "inference.attention_kernel": 'use "default"',
-    "inference.dtype": 'use "auto"',
-    "inference.kv_cache_dtype": 'use "auto"',
     "data.split": "",
     "environment.*": "",
     "planning.detector": 'use "regex"',

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from retrain.config.engines import inference_problems
 from retrain.config.schema import Config
 from retrain.config.sections import CampaignConfig, SqueezeConfig
 
@@ -24,11 +25,8 @@ def _table(config: Config) -> Iterator[tuple[bool, str]]:
     inference, environment, reward, bp = config.inference, config.environment, config.reward, config.backpressure
     completions = training.batch_size * training.group_size
 
-    yield (
-        inference.top_p != 1 or inference.top_k != 0,
-        "inference.top_p / top_k: cutting the sampled distribution biases the log-probabilities that training needs; "
-        "remove them (top_p = 1.0, top_k = 0)",
-    )
+    for message in inference_problems(inference):
+        yield True, message
     yield (
         algorithm.overlong_buffer > 0 and algorithm.advantage_mode == "maxrl",
         "algorithm.overlong_buffer: its penalty makes rewards negative, and maxrl needs rewards in [0, 1]; "

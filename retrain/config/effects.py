@@ -68,6 +68,7 @@ def _backend_table(config: Config) -> Iterator[tuple[bool, str, str]]:
     in_process = config.inference.engine == "pytorch"
     for key in ("inference.url", "inference.request_timeout_s", "inference.retries", "backend.adapter_path"):
         yield in_process and config.backend.backend == "local", key, 'with inference.engine = "pytorch"'
+    yield not in_process, "inference.merged_copy", f'with inference.engine = "{config.inference.engine}"'
     remote = config.backend.backend == "tinker"
     for key in (
         "backend.devices",

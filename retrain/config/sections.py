@@ -276,13 +276,26 @@ class InferenceConfig(Section):
     )
     url: str = Field(default="", description="URL of the server (engines other than `pytorch`).")
     attention_kernel: Literal["default", "flash", "triton", "tk", "cutlass"] = Field(
-        default="default", description="Attention implementation."
+        default="default",
+        description="Attention implementation: `flash` and `triton` with vLLM and SGLang, as `retrain serve` starts "
+        "them.",
     )
-    dtype: Literal["auto", "bf16", "fp8", "fp4"] = Field(default="auto", description="Number format of the weights.")
+    dtype: Literal["auto", "bf16", "fp8", "fp4"] = Field(
+        default="auto",
+        description="Number format of the weights that sample: in this process `auto` (as they train) or `bf16`; of a "
+        "server, the one it has.",
+    )
     kv_cache_dtype: Literal["auto", "bf16", "fp8", "int8"] = Field(
-        default="auto", description="Number format of the KV cache."
+        default="auto",
+        description="Number format of the KV cache: in this process `auto` (as the weights), `bf16` or `fp8`; of a "
+        "server, the one it has.",
     )
     prefix_caching: bool = Field(default=True, description="Compute a prompt's KV cache once per group.")
+    merged_copy: bool = Field(
+        default=True,
+        description="Sample from a copy of the weights with the adapter merged in: faster, at the memory of the "
+        "adapted layers (on a CPU: of all). Engine `pytorch` only.",
+    )
     top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling. 1 = off, as training needs it.")
     top_k: int = Field(
         default=0, ge=0, description="Sample among the k most probable tokens. 0 = off, as training needs it."

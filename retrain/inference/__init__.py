@@ -82,7 +82,16 @@ def open_engine(section: InferenceConfig, backend: Backend, serving: Serving | N
 
         if not isinstance(backend, LocalBackend):
             raise ConfigError('inference.engine = "pytorch": samples from a policy in this process, and there is none')
-        return PyTorchEngine(backend.policy, prefix_caching=section.prefix_caching)
+        engine = PyTorchEngine(
+            backend.policy,
+            prefix_caching=section.prefix_caching,
+            merged_copy=section.merged_copy,
+            dtype=section.dtype,
+            kv_cache_dtype=section.kv_cache_dtype,
+        )
+        if serving is not None:
+            serving.say(f"sampling: {engine.path}")
+        return engine
     from retrain.inference.server import ServerEngine
 
     if serving is None:

@@ -1,4 +1,4 @@
-"""What a server engine checks before it believes: the urls, the served model, every completion."""
+"""What a server engine checks before it believes: the served model, every completion."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from retrain.assets import resolve_model
 from retrain.inference.dialects import Ask, Sample
@@ -15,24 +14,6 @@ from retrain.types import ConfigError
 
 # A log-prob may come out above 0 by rounding, never by more.
 ROUNDING = 1e-6
-
-
-def parse_urls(value: str, engine: str) -> list[str]:
-    """The servers of `inference.url`, without a trailing slash or /v1. Raises ConfigError."""
-    urls = [part.strip().rstrip("/").removesuffix("/v1") for part in value.split(",") if part.strip()]
-    if not urls:
-        raise ConfigError(f'inference.engine = "{engine}": needs inference.url, such as "http://127.0.0.1:8000"')
-    for url in urls:
-        try:
-            parts = urlsplit(url)
-            valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:
-            valid = False
-        if not valid:
-            raise ConfigError(f'inference.url: "{url}" is no address; write it as in "http://127.0.0.1:8000"')
-    if len(set(urls)) < len(urls):
-        raise ConfigError("inference.url: names a server twice")
-    return urls
 
 
 def choose_model(url: str, model: str, listed: Sequence[dict[str, Any]]) -> tuple[str, int | None]:

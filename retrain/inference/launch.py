@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from retrain.assets import resolve_model
-from retrain.inference.checks import parse_urls
+from retrain.config.engines import parse_urls
 from retrain.types import ConfigError
 
 if TYPE_CHECKING:
-    from retrain.config import Config
+    from retrain.config import Config, InferenceConfig
 
 # vLLM's --max-lora-rank is one of these.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -53,6 +53,8 @@ def serve_command(config: Config, *, cpu: bool) -> Launch:
     if len(urls) != 1:
         raise ConfigError(f"inference.url: names {len(urls)} servers, retrain serve starts one: give --url for each")
     parts = urlsplit(urls[0])
+    if engine in ("max", "mlx"):
+        _only_usual(config.inference)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     return _COMMANDS[engine](config, _Place(parts.hostname or "", str(port), cpu))
 
@@ -69,17 +71,12 @@ def _vllm(config: Config, place: _Place) -> Launch:
     # Log-probs as they were sampled; vLLM's own default reports them at temperature 1.
     argv += ["--logprobs-mode", "processed_logprobs"] if config.training.temperature != 1 else []
     argv += [] if inference.prefix_caching else ["--no-enable-prefix-caching"]
-    argv += [] if inference.kv_cache_dtype == "auto" else ["--kv-cache-dtype", _vllm_cache(inference.kv_cache_dtype)]
+    argv += _option("--kv-cache-dtype", inference.kv_cache_dtype, bf16="bfloat16", int8="int8_per_token_head")
+    argv += _option("--attention-backend", inference.attention_kernel, flash="FLASH_ATTN", triton="TRITON_ATTN")
     environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     if place.cpu:
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}"}
     return Launch(tuple(argv), environment)
-
-
-def _vllm_cache(dtype: str) -> str:
-    if dtype == "int8":
-        raise ConfigError('inference.kv_cache_dtype = "int8": vLLM has no such cache; use "fp8" or "auto"')
-    return {"bf16": "bfloat16"}.get(dtype, dtype)
 
 
 def _sglang(config: Config, place: _Place) -> Launch:
@@ -89,6 +86,8 @@ def _sglang(config: Config, place: _Place) -> Launch:
     argv += ["--dtype", _dtype(config, place)]
     argv += _context(config, "--context-length")
     argv += [] if config.inference.prefix_caching else ["--disable-radix-cache"]
+    argv += _option("--kv-cache-dtype", config.inference.kv_cache_dtype, fp8="fp8_e4m3")
+    argv += _option("--attention-backend", config.inference.attention_kernel, flash="fa3")
     argv += ["--device", "cpu"] if place.cpu else []
     return Launch(tuple(argv), {})
 
@@ -107,6 +106,21 @@ def _mlx(config: Config, place: _Place) -> Launch:
 
 
 _COMMANDS: dict[str, Callable[[Config, _Place], Launch]] = {"vllm": _vllm, "sglang": _sglang, "max": _max, "mlx": _mlx}
+
+
+def _only_usual(inference: InferenceConfig) -> None:
+    for key in ("dtype", "kv_cache_dtype"):
+        value = getattr(inference, key)
+        if value != "auto":
+            raise ConfigError(
+                f'inference.{key} = "{value}": retrain serve does not start a "{inference.engine}" server in it; '
+                'set it to "auto", or start the server yourself'
+            )
+
+
+def _option(flag: str, value: str, **theirs: str) -> list[str]:
+    """The flag, with the server's own word for a value; nothing where the config leaves it to the server."""
+    return [] if value in ("auto", "default") else [flag, theirs.get(value, value)]
 
 
 def _dtype(config: Config, place: _Place) -> str:

@@ -15,13 +15,15 @@ from torch.nn import functional as F
 
 from retrain.backend.model import Policy
 from retrain.inference.decode import Decoder, Rows
-from retrain.inference.formats import CACHES, WEIGHTS
 from retrain.inference.fused import FusedDecoder, obstacle
 from retrain.inference.merge import MergedModules
 from retrain.inference.modules import ModuleDecoder
 from retrain.streams import uniforms
 from retrain.types import Completion, ConfigError, RetrainError
 
+# `[inference] dtype` and `kv_cache_dtype`; "auto" is the format of the model, or of the sampling copy.
+WEIGHTS = {"bf16": torch.bfloat16}
+CACHES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 # Rows that have ended are dropped from the batch when at most this share is still running: copying the cache costs too.
 COMPACT_BELOW = 0.8
 # Above this many tokens, a draw adds up probabilities in blocks.
@@ -35,7 +37,7 @@ class PyTorchEngine:
     memory of the adapted layers (on the CPU: of all layers). Without it the modules that train are used as they are.
     dtype, kv_cache_dtype: as in `[inference]`. path: how this model is decoded, and why, in one line.
 
-    Raises ConfigError for a number format that needs the merged copy or the fast path where there is none.
+    Raises ConfigError for a number format that this model or device does not have.
     """
 
     def __init__(
@@ -91,6 +93,8 @@ class PyTorchEngine:
 @torch.no_grad()
 def open_decoder(policy: Policy, *, merged_copy: bool, dtype: str, kv_cache_dtype: str) -> Decoder:
     """The fastest decoder that computes what this model computes; see `PyTorchEngine` for the arguments."""
+    if kv_cache_dtype == "fp8" and policy.device.type == "mps":
+        raise ConfigError('inference.kv_cache_dtype = "fp8": Metal has no such format; use "bf16" or "auto"')
     own = policy.head.weight.dtype
     weights = WEIGHTS.get(dtype, own)
     why = obstacle(policy) if merged_copy else "inference.merged_copy = false"

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from retrain.config.engines import parse_urls
 from retrain.inference import Serving
 from retrain.inference.adapters import AdapterStore
-from retrain.inference.checks import parse_urls
 from retrain.inference.dialects import DIALECTS, Adapter, Ask, Sample, prompt_text
 from retrain.inference.http import open_client, run, together
 from retrain.inference.probe import (
