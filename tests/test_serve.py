@@ -55,7 +55,7 @@ def test_vllm_follows_the_config(printed):
 
 def test_other_servers(printed):
     assert "sglang.launch_server" in printed("sglang")
-    assert printed("max")[:2] == ["max", "serve"]
+    assert printed("max")[:3] == ["MAX_SERVE_HOST=127.0.0.1", "max", "serve"]
     assert printed("mlx")[0] == "mlx_lm.server"
 
 

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import tiny_models as models
 from retrain.inference.dialects import DIALECTS
@@ -190,8 +191,16 @@ def test_an_update_that_moved_nothing_is_no_reason_to_complain(serve, connect):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("lie", [-0.01, 0.005])
 def test_a_server_that_lies_about_log_probs_is_caught_in_the_first_step(serve, connect, form, lie):
-    engine, _ = connect(serve(form, lie=lie), retries=0)
-    with pytest.raises(ConfigError, match=r"misreports what it samples|no log-probability"):
+    with pytest.raises(ConfigError, match=r"its log-probabilities of what it samples differ|no log-probability"):
+        connect(serve(form, lie=lie), retries=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_server_that_begins_to_lie_is_caught_at_the_next_publication(serve, connect, form):
+    fake = serve(form)
+    engine, _ = connect(fake, retries=0)
+    fake.lie = 0.005
+    with pytest.raises(ConfigError, match=r"misreports what it samples"):
         engine.publish(0)
 
 
@@ -221,9 +230,8 @@ def test_a_prefix_cache_that_outlives_the_adapter_is_caught(serve, connect, form
 
 def test_another_model_of_the_same_tokenizer_is_told_by_its_log_probs(serve, connect):
     fake = serve(kind="llama", name="something-else")
-    engine, _ = connect(fake)
-    with pytest.raises(ConfigError, match=rf"{fake.url} does not serve policy version 0.*it calls it something-else"):
-        engine.publish(0)
+    with pytest.raises(ConfigError, match=rf"{fake.url} does not serve .*another model \(it calls it something-else\)"):
+        connect(fake)
 
 
 # ---- several servers ------------------------------------------------------------------------------------------------
@@ -311,6 +319,21 @@ def test_backend_log_probs_are_those_of_plain_transformers(open_local, kind, tem
         assert got.dtype == np.float32
         chosen = wanted.gather(1, torch.from_numpy(rollout.tokens_T)[:, None]).squeeze(1)
         np.testing.assert_allclose(got, chosen.detach().numpy(), atol=1e-5)
+
+
+def test_backend_log_probs_without_the_adapter_are_those_of_the_base(open_local, model_folder):
+    """Against the base loaded afresh; the adapter is on again afterwards."""
+    backend = open_local(stir=True)
+    batch = models.random_batch(1, [40], [[9]])
+    prompt, tokens = batch.prompts[0], batch.rollouts[0].tokens_T
+    policy = backend.logprobs(prompt, tokens)
+    base = AutoModelForCausalLM.from_pretrained(model_folder("qwen3"), dtype=torch.float32)
+    (expected,) = models.separate_logprobs(base, batch, 1.0)
+    chosen = expected.gather(1, torch.from_numpy(tokens)[:, None]).squeeze(1)
+    got = backend.logprobs(prompt, tokens, adapter=False)
+    np.testing.assert_allclose(got, chosen.detach().numpy(), atol=1e-5)
+    assert np.abs(got - policy).max() > 1e-3
+    np.testing.assert_array_equal(policy, backend.logprobs(prompt, tokens))
 
 
 def test_backend_log_probs_are_of_the_policy_in_eval_mode(open_local):

@@ -32,12 +32,17 @@ class Backend(Protocol):
         ...
 
     def logprobs(
-        self, prompt_tokens: np.ndarray, completion_tokens: np.ndarray, *, temperature: float = 1.0
+        self,
+        prompt_tokens: np.ndarray,
+        completion_tokens: np.ndarray,
+        *,
+        temperature: float = 1.0,
+        adapter: bool = True,
     ) -> np.ndarray:
         """Log-prob of each completion token under the policy as it is now, in nats, float32 [T].
 
         prompt_tokens: int64 [S], S >= 1. completion_tokens: int64 [T], T >= 1. What an engine that serves this policy
-        must report of them.
+        must report of them. adapter: False for those under the base model.
         """
         ...
 

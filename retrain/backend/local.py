@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,11 +58,17 @@ class LocalBackend:
 
     @torch.no_grad()
     def logprobs(
-        self, prompt_tokens: np.ndarray, completion_tokens: np.ndarray, *, temperature: float = 1.0
+        self,
+        prompt_tokens: np.ndarray,
+        completion_tokens: np.ndarray,
+        *,
+        temperature: float = 1.0,
+        adapter: bool = True,
     ) -> np.ndarray:
         self.policy.peft.eval()
         tokens = torch.from_numpy(np.concatenate((prompt_tokens, completion_tokens))).to(self.policy.device)
-        hidden_TD = self.policy.hidden(tokens[None])[0, len(prompt_tokens) - 1 : -1]
+        with nullcontext() if adapter else self.policy.peft.disable_adapter():
+            hidden_TD = self.policy.hidden(tokens[None])[0, len(prompt_tokens) - 1 : -1]
         head = self.policy.head
         targets = tokens[len(prompt_tokens) :]
         logprob_T, _ = linear_logprob(hidden_TD, head.weight, targets, bias=head.bias, temperature=temperature)

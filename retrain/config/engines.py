@@ -15,7 +15,7 @@ OFFERS: dict[str, dict[str, tuple[str, ...]]] = {
     "pytorch": {"dtype": ("bf16",), "kv_cache_dtype": ("bf16", "fp8")},
     "vllm": _GPU_SERVER,
     "sglang": _GPU_SERVER | {"kv_cache_dtype": ("bf16", "fp8")},
-    "max": _SERVER,
+    "max": _SERVER | {"kv_cache_dtype": ("bf16", "fp8")},
     "mlx": _SERVER,
     "openai": _SERVER,
 }

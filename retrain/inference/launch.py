@@ -17,7 +17,7 @@ from retrain.config.engines import parse_urls
 from retrain.types import ConfigError
 
 if TYPE_CHECKING:
-    from retrain.config import Config, InferenceConfig
+    from retrain.config import Config
 
 # vLLM's --max-lora-rank is one of these.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -53,8 +53,6 @@ def serve_command(config: Config, *, cpu: bool) -> Launch:
     if len(urls) != 1:
         raise ConfigError(f"inference.url: names {len(urls)} servers, retrain serve starts one: give --url for each")
     parts = urlsplit(urls[0])
-    if engine in ("max", "mlx"):
-        _only_usual(config.inference)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     return _COMMANDS[engine](config, _Place(parts.hostname or "", str(port), cpu))
 
@@ -93,29 +91,28 @@ def _sglang(config: Config, place: _Place) -> Launch:
 
 
 def _max(config: Config, place: _Place) -> Launch:
-    argv = ["max", "serve", "--model", resolve_model(config.model.model), "--host", place.host, "--port", place.port]
+    argv = ["max", "serve", "--model", resolve_model(config.model.model), "--port", place.port]
+    argv += ["--served-model-name", config.model.model, "--quantization-encoding", _dtype(config, place)]
     argv += _context(config, "--max-length")
+    argv += [] if config.inference.prefix_caching else ["--no-enable-prefix-caching"]
+    argv += _option("--kv-cache-format", config.inference.kv_cache_dtype, bf16="bfloat16", fp8="float8_e4m3fn")
     argv += ["--devices", "cpu"] if place.cpu else []
-    # Its overlap scheduler gives no log-probs.
-    return Launch((*argv, "--no-enable-overlap-scheduler"), {})
+    # Its overlap scheduler gives no log-probs. There is no flag for the address; its default is every network.
+    return Launch((*argv, "--no-enable-overlap-scheduler"), {"MAX_SERVE_HOST": place.host})
 
 
 def _mlx(config: Config, place: _Place) -> Launch:
+    for key in ("dtype", "kv_cache_dtype"):
+        if (value := getattr(config.inference, key)) != "auto":
+            raise ConfigError(
+                f'inference.{key} = "{value}": mlx_lm.server has the format of the model\'s files; set it to "auto", '
+                "or start the server yourself with such a model"
+            )
     model = resolve_model(config.model.model)
     return Launch(("mlx_lm.server", "--model", model, "--host", place.host, "--port", place.port), {})
 
 
 _COMMANDS: dict[str, Callable[[Config, _Place], Launch]] = {"vllm": _vllm, "sglang": _sglang, "max": _max, "mlx": _mlx}
-
-
-def _only_usual(inference: InferenceConfig) -> None:
-    for key in ("dtype", "kv_cache_dtype"):
-        value = getattr(inference, key)
-        if value != "auto":
-            raise ConfigError(
-                f'inference.{key} = "{value}": retrain serve does not start a "{inference.engine}" server in it; '
-                'set it to "auto", or start the server yourself'
-            )
 
 
 def _option(flag: str, value: str, **theirs: str) -> list[str]:

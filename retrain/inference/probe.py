@@ -122,6 +122,23 @@ def score_complaint(now: Scores, before: Scores | None, claim: Claim) -> str | N
     )
 
 
+def base_complaint(sampled: Sequence[float], expected: np.ndarray, claim: Claim) -> str | None:
+    """Why the server cannot have the base model; None where its log-probs of what it sampled are right.
+
+    sampled: the server's, at temperature 1. expected: the trainer's of the same tokens, without an adapter.
+    """
+    tolerance, distance = TOLERANCE[claim.format], gap(sampled, expected)
+    if distance <= tolerance:
+        return None
+    ours, theirs = claim.model
+    return (
+        f"{claim.server} does not serve {ours}: its log-probabilities of what it samples differ from the model's by up "
+        f"to {distance:.2g} nats, {tolerance:g} are allowed in {claim.format}. Either it has another model (it calls "
+        f"it {theirs}), or it computes in another number format: then {claim.same_dtype}, or set inference.dtype to "
+        "the format it has"
+    )
+
+
 def sample_complaint(
     sampled: Sequence[float], expected: np.ndarray, at_one: np.ndarray, temperature: float, claim: Claim
 ) -> str | None:

@@ -29,6 +29,7 @@ from retrain.inference.probe import (
     TOLERANCE,
     Claim,
     Scores,
+    base_complaint,
     gap,
     make_probe,
     number_format,
@@ -70,10 +71,11 @@ class ServerEngine:
         # What the servers may still hold, the adapter that is served included: a publication can end half way.
         self._held: list[Adapter] = []
         urls = parse_urls(section.url, section.engine)
-        greeting = self._ask(self._probe.prompt, None, stream=0, max_tokens=1, temperature=1.0)
-        self.servers = self._run(
-            None, lambda session: together(look_at(session, url, greeting, serving) for url in urls)
-        )
+        greeting = self._ask(self._probe.prompt, None, stream=0, max_tokens=self._room, temperature=1.0)
+        looks = self._run(None, lambda session: together(look_at(session, url, greeting, serving) for url in urls))
+        self.servers = [server for server, _ in looks]
+        for server, sample in looks:
+            self._confirm_base(server, sample)
 
     # ---- sampling ---------------------------------------------------------------------------------------------------
 
@@ -174,12 +176,11 @@ class ServerEngine:
                 await session.load(server)
             except NotLoaded as error:
                 raise self._fault(self._why_not_loaded(server, session.adapter, str(error))) from error
-        room = self.backend.context - len(self._probe.prompt)
         ask = self._ask(
             self._probe.prompt,
             session.adapter,
             stream=SAMPLED_STREAM,
-            max_tokens=min(SAMPLED_TOKENS, room),
+            max_tokens=self._room,
             temperature=self.serving.temperature,
         )
         return await session.score(server, self._probe.ids), await session.sample(server, ask)
@@ -187,8 +188,12 @@ class ServerEngine:
     def _continuation(self, scores: list[float]) -> np.ndarray:
         return np.array(scores[len(self._probe.prompt) - 1 :], dtype=np.float32)
 
-    def _confirm(self, server: Server, version: int, now: Scores | None, sample: Sample | None) -> None:
-        claim = Claim(
+    @property
+    def _room(self) -> int:
+        return min(SAMPLED_TOKENS, self.backend.context - len(self._probe.prompt))
+
+    def _claim(self, server: Server, version: int) -> Claim:
+        return Claim(
             server.url,
             version,
             self._format,
@@ -196,6 +201,18 @@ class ServerEngine:
             self.dialect.same_dtype,
             self.dialect.enable_temperature,
         )
+
+    def _confirm_base(self, server: Server, sample: Sample | None) -> None:
+        if sample is None:
+            self.serving.say(f"{server.url}: its text does not tell its tokens, so its model cannot be compared")
+            return
+        expected = self.backend.logprobs(self._probe.prompt, np.array(sample.tokens), adapter=False)
+        complaint = base_complaint(sample.logprobs, expected, self._claim(server, 0))
+        if complaint is not None:
+            raise ConfigError(complaint)
+
+    def _confirm(self, server: Server, version: int, now: Scores | None, sample: Sample | None) -> None:
+        claim = self._claim(server, version)
         before = self._scores.get(server.url)
         complaint = score_complaint(now, before, claim) if now is not None else None
         if complaint is None and sample is not None:

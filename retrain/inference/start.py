@@ -5,15 +5,16 @@ from __future__ import annotations
 from retrain.assets import resolve_model
 from retrain.inference import Serving
 from retrain.inference.checks import choose_model
-from retrain.inference.dialects import Ask, as_list
+from retrain.inference.dialects import Ask, Sample, as_list
 from retrain.inference.http import Call, Failure, Refused
 from retrain.inference.probe import TOKENIZER_TEXT
 from retrain.inference.session import Server, Session
 from retrain.types import ConfigError, RetrainError
 
 
-async def look_at(session: Session, url: str, greeting: Ask, serving: Serving) -> Server:
-    """The server at `url`, once it fits the config. greeting: a completion of the base model that it has to answer.
+async def look_at(session: Session, url: str, greeting: Ask, serving: Serving) -> tuple[Server, Sample | None]:
+    """The server at `url`, once it fits the config, and what it made of `greeting`, a request to the base model; None
+    where its text does not tell the tokens.
 
     Raises ConfigError, with the remedy, where it does not.
     """
@@ -36,10 +37,10 @@ async def look_at(session: Session, url: str, greeting: Ask, serving: Serving) -
             f"{serving.max_tokens}. Start it with a longer one, or lower training.max_tokens"
         )
     await _compare_tokenizers(session, server, serving)
-    await _greet(session, server, greeting)
+    sample = await _greet(session, server, greeting)
     context = "" if server.context is None else f", with a context of {server.context} tokens"
     serving.say(f"{url} serves {server.model}{context}")
-    return server
+    return server, sample
 
 
 async def _compare_tokenizers(session: Session, server: Server, serving: Serving) -> None:
@@ -60,9 +61,9 @@ async def _compare_tokenizers(session: Session, server: Server, serving: Serving
         )
 
 
-async def _greet(session: Session, server: Server, greeting: Ask) -> None:
+async def _greet(session: Session, server: Server, greeting: Ask) -> Sample | None:
     try:
-        await session.sample(server, greeting)
+        return await session.sample(server, greeting)
     except RetrainError as error:
         remedy = session.terms.dialect.enable_logprobs
         raise ConfigError(f"{error}. Where it is log-probabilities that it does not give: {remedy}") from error

@@ -45,7 +45,8 @@ def evaluate_adapter(config: Config, adapter: Path | None, *, say: Callable[[str
     engine = open_engine(config.inference, backend, Serving.of(config, say))
     scorer = reward.open_scorer(config.reward.type)
     try:
-        engine.publish(0)
+        if adapter:
+            engine.publish(0)
         return evaluate_held_out(config, engine, scorer, examples, prompt_tokens, seed=seed)
     finally:
         scorer.close()

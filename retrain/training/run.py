@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import shutil
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,9 +69,9 @@ def train(config: Config, *, observer: Observer | None = None) -> TrainResult:
     if start is not None and start.state.step >= config.training.max_steps and is_finished(log_dir, start):
         observer.say(f"{log_dir} is finished: it has {start.state.step} steps. Raise --max-steps to go on")
         return TrainResult(log_dir, start.state.step, last_row(log_dir / METRICS))
-    with Interrupts() as interrupts:
+    with Interrupts() as interrupts, ExitStack() as opened:
         with interrupts.anywhere():
-            run = open_run(config, start, interrupts, observer)
+            run = open_run(config, start, interrupts, observer, opened)
         try:
             return _finish(run, _begin(run, start))
         except torch.OutOfMemoryError as error:
@@ -84,14 +84,15 @@ def train(config: Config, *, observer: Observer | None = None) -> TrainResult:
                 f"writing to {log_dir} failed: {error.strerror}. What was written before is complete. "
                 f"{resume_hint(log_dir)}"
             ) from error
-        finally:
-            run.collector.scorer.close()
-            run.engine.close()
-            run.folder.close()
 
 
-def open_run(config: Config, start: Checkpoint | None, interrupts: Interrupts, observer: Observer) -> Run:
-    """Load everything, then take the run folder: what is wrong with the input shows before anything is written."""
+def open_run(
+    config: Config, start: Checkpoint | None, interrupts: Interrupts, observer: Observer, opened: ExitStack
+) -> Run:
+    """Load everything, then take the run folder: what is wrong with the input shows before anything is written.
+
+    opened: closes what is opened here.
+    """
     log_dir = Path(config.logging.log_dir)
     for line in without_effect(config):
         observer.say(line)
@@ -109,7 +110,9 @@ def open_run(config: Config, start: Checkpoint | None, interrupts: Interrupts, o
     }
     examples, prompt_tokens = encode_prompts(dataset.train, backend.tokenizer, **limits, say=observer.say)
     engine = open_engine(config.inference, backend, Serving.of(config, observer.say))
+    opened.callback(engine.close)
     scorer = reward.open_scorer(config.reward.type)
+    opened.callback(scorer.close)
     held_out = dataset.eval if config.eval.every else ()
     eval_examples, eval_tokens = encode_prompts(held_out, backend.tokenizer, **limits, say=observer.say)
 
@@ -119,12 +122,16 @@ def open_run(config: Config, start: Checkpoint | None, interrupts: Interrupts, o
 
     if start:
         backend.load(start.folder)
+    # A server shows here whether it takes the adapter.
+    engine.publish(state.policy_version)
     detect = planning.open_detector(config.planning.detector, backend.tokenizer, grams=config.logging.strategic_grams)
     section = {key: getattr(config.sepa, key) for key in type(config.sepa).model_fields}
+    folder = RunFolder(log_dir)
+    opened.callback(folder.close)
     return Run(
         config=config,
         state=state,
-        folder=RunFolder(log_dir),
+        folder=folder,
         backend=backend,
         engine=engine,
         collector=Collector(

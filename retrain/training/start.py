@@ -25,7 +25,11 @@ CHANGEABLE = {
     "training.micro_batch_tokens",
     "training.gradient_checkpointing",
     "backend.devices",
+    "backend.adapter_path",
     "inference.max_logprob_gap",
+    "inference.url",
+    "inference.request_timeout_s",
+    "inference.retries",
 }
 CHANGEABLE_SECTIONS = {"logging", "eval"}
 NOT_CHANGEABLE = {"logging.strategic_grams"}  # decides which tokens plan

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import socket
-import subprocess
-import sys
-import time
-from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import pytest
+from rig import REPOSITORY, Background, free_port, retrain, rows, serving, wait_for
 
-REPOSITORY = Path(__file__).parents[2]
 PROGRAM = REPOSITORY / ".venv-vllm" / "bin" / "vllm"
-SMOLLM2 = REPOSITORY / "models" / "SmolLM2-135M-Instruct"
-START_SECONDS, STEP_SECONDS = 300, 300
+STEP_SECONDS = 300
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(1500)]
 
@@ -48,68 +39,6 @@ source = "arithmetic"
 [logging]
 log_dir = "{folder}/run"
 """
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-
-
-def command(*arguments):
-    return [sys.executable, "-m", "retrain", *map(str, arguments)]
-
-
-def retrain(*arguments, timeout=1200):
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, cwd=REPOSITORY, env=environment(), timeout=timeout
-    )
-
-
-def rows(log_dir):
-    path = log_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def wait_for(condition, seconds, what):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not come within {seconds} s"
-        time.sleep(0.2)
-
-
-class Background:
-    """A command in the background, its output in a file."""
-
-    def __init__(self, log, *arguments):
-        self.log = log
-        with log.open("w") as output:
-            self.process = subprocess.Popen(
-                command(*arguments), stdout=output, stderr=output, cwd=REPOSITORY, env=environment()
-            )
-
-    def said(self, text):
-        assert self.process.poll() is None or text in self.log.read_text(), self.log.read_text()[-3000:]
-        return text in self.log.read_text()
-
-    def stop(self):
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(60)
-
-
-@contextmanager
-def serving(config, log):
-    server = Background(log, "serve", config, "--program", PROGRAM)
-    try:
-        wait_for(lambda: server.said("is ready at"), START_SECONDS, "the server")
-        yield server
-    finally:
-        with suppress(ProcessLookupError):
-            server.stop()
 
 
 @pytest.fixture
@@ -155,12 +84,12 @@ def test_a_run_learns_as_in_process(tmp_path):
 
 def test_a_server_that_is_killed_and_restarted(config, tmp_path):
     path, log_dir = config(steps=6, patience=90), tmp_path / "run"
-    with serving(path, tmp_path / "server1.log") as server:
+    with serving(path, tmp_path / "server1.log", PROGRAM) as server:
         run = Background(tmp_path / "run.log", path)
         wait_for(lambda: len(rows(log_dir)) >= 2, STEP_SECONDS, "step 2")
         server.stop()
     # The run waits; a fresh server knows none of its adapters.
-    with serving(path, tmp_path / "server2.log") as server:
+    with serving(path, tmp_path / "server2.log", PROGRAM) as server:
         wait_for(lambda: len(rows(log_dir)) >= 4 or run.process.poll() is not None, STEP_SECONDS, "step 4")
         assert run.process.poll() is None, run.log.read_text()[-3000:]
         server.stop()
@@ -171,7 +100,7 @@ def test_a_server_that_is_killed_and_restarted(config, tmp_path):
     assert (log_dir / "checkpoints" / f"step_{done:06d}").is_dir() or any(
         str(done) in entry.name for entry in (log_dir / "checkpoints").iterdir()
     ), message[-3000:]
-    with serving(path, tmp_path / "server3.log"):
+    with serving(path, tmp_path / "server3.log", PROGRAM):
         resumed = retrain(path, "--resume", log_dir)
         assert resumed.returncode == 0, resumed.stderr
     assert len(rows(log_dir)) == 6
@@ -192,7 +121,7 @@ def test_a_pretrained_model(tmp_path):
 
 def test_a_rank_above_the_servers_limit(config, tmp_path):
     path = config(steps=1)
-    with serving(path, tmp_path / "server.log"):
+    with serving(path, tmp_path / "server.log", PROGRAM):
         done = retrain(path, "--lora-rank", 64)
     assert done.returncode in (1, 2)
     assert "rank" in done.stderr
