@@ -6,7 +6,7 @@ from retrain.assets import resolve_model
 from retrain.inference import Serving
 from retrain.inference.checks import choose_model
 from retrain.inference.dialects import Ask, Sample, as_list
-from retrain.inference.http import Call, Failure, Refused
+from retrain.inference.http import Broken, Call, Failure, Refused
 from retrain.inference.probe import TOKENIZER_TEXT
 from retrain.inference.session import Server, Session
 from retrain.types import ConfigError, RetrainError
@@ -65,5 +65,7 @@ async def _greet(session: Session, server: Server, greeting: Ask) -> Sample | No
     try:
         return await session.sample(server, greeting)
     except RetrainError as error:
+        if isinstance(error.__cause__, Broken):
+            raise
         remedy = session.terms.dialect.enable_logprobs
         raise ConfigError(f"{error}. Where it is log-probabilities that it does not give: {remedy}") from error

@@ -23,7 +23,8 @@ def free_port():
 
 
 def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    alone = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "MAX_SERVE_DISABLE_TELEMETRY": "1"}
+    return {**os.environ, "OMP_NUM_THREADS": "1", **alone}
 
 
 def command(*arguments):
