@@ -11,11 +11,14 @@ step of TRL's trainer comes one of ours. Exit status 0 only where the target is 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import sys
 import tempfile
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,15 +44,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if importlib.util.find_spec("trl") is None:
         sys.exit("this benchmark needs TRL: pip install trl")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as opened:
         config = build({}, overrides=overrides(args, Path(scratch, "ours")))
-        turns = Turns(open_run(config, None, Interrupts(), LogObserver()))
+        turns = Turns(open_run(config, None, Interrupts(), LogObserver(), opened))
         trainer = trl_trainer(config, turns, Path(scratch, "theirs"), args)
         trainer.add_callback(turns)
         trainer.train()
         row = last_row(Path(scratch, "ours", "metrics.jsonl"))
-        turns.run.collector.scorer.close()
-        turns.run.engine.close()
     ours, theirs = turns.ours[1:], turns.theirs[1:]  # the first step of each warms up
     share = ratio(ours, theirs)
     print(
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\nours takes {share:.2f} of TRL's time; target {TARGET:g}: {'met' if met else 'NOT MET'}")
     figures = {"ours": ours, "trl": theirs, "share": share, "target": TARGET, "met": met}
     tokens = {"our_tokens": turns.our_tokens, "their_tokens": turns.their_tokens}
-    write(args.json, {"settings": vars(args), "trl_version": trl_version(), "seconds": figures} | tokens)
+    write(args.json, {"settings": vars(args), "trl_version": version("trl"), "seconds": figures} | tokens)
     return 0 if met else 1
 
 
@@ -136,8 +137,8 @@ class Turns(TrainerCallback):
 def trl_trainer(config: Config, turns: Turns, folder: Path, args: argparse.Namespace) -> Any:
     """GRPOTrainer on the same base with a copy of our adapter, its prompts the text of ours."""
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
 
+    trl: Any = importlib.import_module("trl")
     run, adapter = turns.run, folder / "adapter"
     adapter.mkdir(parents=True)
     run.backend.save_adapter(adapter)
@@ -157,7 +158,7 @@ def trl_trainer(config: Config, turns: Turns, folder: Path, args: argparse.Names
         turns.their_tokens = sum(map(len, completion_ids))
         return [value or 0.0 for value in reward.score("match", completions, reference)]
 
-    settings = GRPOConfig(
+    settings = trl.GRPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=args.batch * args.group,
         gradient_accumulation_steps=1,
@@ -177,19 +178,13 @@ def trl_trainer(config: Config, turns: Turns, folder: Path, args: argparse.Names
         logging_steps=10**6,
         disable_tqdm=True,
     )
-    return GRPOTrainer(
+    return trl.GRPOTrainer(
         model=model,
         reward_funcs=score,
         args=settings,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
-
-
-def trl_version() -> str:
-    from trl import __version__
-
-    return __version__
 
 
 if __name__ == "__main__":

@@ -191,9 +191,9 @@ def contenders(
         answers = policy.lm.generate_batch(requests, generation_config=settings(), progress_bar=False)
         return sum(len(answer.generated_tokens) for answer in answers.values())
 
-    compiled = CompileConfig(fullgraph=False)
+    compiled: Any = CompileConfig(fullgraph=False)
     compiled._compile_all_devices = True  # transformers compiles on GPUs alone unless told so
-    found = {
+    found: dict[str, Callable[[], int]] = {
         "ours": partial(ours, with_eos(policy, eos, merged_copy=True)),
         "ours, without a merged copy": partial(ours, with_eos(policy, eos, merged_copy=False)),
         "transformers": partial(theirs, policy.lm),
