@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from fake_server import FakeServer
+from retrain import http as retrain_http
 from retrain.config import InferenceConfig
 from retrain.inference import Serving, open_engine, session
-from retrain.inference import http as retrain_http
 from server_rig import TEMPERATURE
 
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 import tiny_models as models
+from retrain.http import BadAnswer
 from retrain.inference import probe
 from retrain.inference.checks import check_sample, choose_model
 from retrain.inference.dialects import DIALECTS, Adapter, Ask, Unreproducible, prompt_text
-from retrain.inference.http import BadAnswer
 from retrain.inference.probe import Scores, is_stale, make_probe, number_format
 from retrain.types import ConfigError, RetrainError
 from server_rig import PROMPTS, expected_tokens, generate, tokens

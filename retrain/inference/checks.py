@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from retrain.assets import resolve_model
+from retrain.http import BadAnswer
 from retrain.inference.dialects import Ask, Sample
-from retrain.inference.http import BadAnswer
 from retrain.types import ConfigError
 
 # A log-prob may come out above 0 by rounding, never by more.

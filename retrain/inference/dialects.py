@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retrain.inference.http import BadAnswer, Call
+from retrain.http import BadAnswer, Call
 from retrain.inference.mlx import to_mlx
 from retrain.types import RetrainError
 

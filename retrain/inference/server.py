@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from retrain.config.engines import parse_urls
+from retrain.http import open_client, run, together
 from retrain.inference import Serving
 from retrain.inference.adapters import AdapterStore
 from retrain.inference.dialects import DIALECTS, Adapter, Ask, Sample, prompt_text
-from retrain.inference.http import open_client, run, together
 from retrain.inference.probe import (
     SAMPLED_STREAM,
     SAMPLED_TOKENS,

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 import httpx2
 
+from retrain.http import BadAnswer, Broken, Busy, Call, Failure, Refused, delay_before, send
 from retrain.inference import ServerLost
 from retrain.inference.checks import check_logprobs, check_sample
 from retrain.inference.dialects import Adapter, Ask, Dialect, Sample, Scoring, Unreproducible, as_list, at
-from retrain.inference.http import BadAnswer, Broken, Busy, Call, Failure, Refused, delay_before, send
 from retrain.types import RetrainError
 
 T = TypeVar("T")

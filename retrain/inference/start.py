@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from retrain.assets import resolve_model
+from retrain.http import Broken, Call, Failure, Refused
 from retrain.inference import Serving
 from retrain.inference.checks import choose_model
 from retrain.inference.dialects import Ask, Sample, as_list
-from retrain.inference.http import Broken, Call, Failure, Refused
 from retrain.inference.probe import TOKENIZER_TEXT
 from retrain.inference.session import Server, Session
 from retrain.types import ConfigError, RetrainError
