@@ -19,8 +19,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from retrain import http
 from retrain.http import BadAnswer, Broken, Busy, Call, Failure, Refused, delay_before, open_client, run, send
-from retrain.inference import http
 
 
 @pytest.fixture
