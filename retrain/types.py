@@ -60,6 +60,8 @@ class Completion:
 
     tokens_T: int64 token ids, the end-of-sequence token included when the model emitted it.
     logprobs_T: float32 log-probability of each token under the sampling distribution (at the sampling temperature).
+    sampled_T: bool; False where an environment wrote the token, which is context and never trained on (its log-prob is
+    0 and means nothing). None: all were sampled.
     finish_reason: "stop" (the model ended it) or "length" (cut at max_tokens).
     policy_version: version of the adapter that sampled it.
     text: the decoded tokens, special tokens left out.
@@ -70,9 +72,11 @@ class Completion:
     finish_reason: FinishReason
     policy_version: int
     text: str
+    sampled_T: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return len(self.tokens_T)
+        """Tokens that the model sampled."""
+        return len(self.tokens_T) if self.sampled_T is None else int(self.sampled_T.sum())
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Group:
     prompt_tokens: int64 token ids of the templated prompt; stored once, completions refer to it.
     rewards_G: float, or None where the reward could not be computed (never the same thing as 0).
     errors_G: why a reward is None, else None.
+    parts_G: (name, value) of each of `[[reward.parts]]`, () where there are none.
     """
 
     index: int
@@ -91,21 +96,27 @@ class Group:
     completions: tuple[Completion, ...]
     rewards_G: tuple[float | None, ...] = ()
     errors_G: tuple[str | None, ...] = ()
+    parts_G: tuple[tuple[tuple[str, float | None], ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class Score:
-    """A reward's verdict on one response: a value, or None with the reason why it could not be computed."""
+    """A reward's verdict on one response: a value, or None with the reason why it could not be computed.
+
+    parts: (name, value) of each reward that it is the weighted sum of.
+    """
 
     value: float | None
     error: str | None = None
+    parts: tuple[tuple[str, float | None], ...] = ()
 
 
 @dataclass(frozen=True)
 class Rollout:
     """A completion that goes into training: its tokens, its episode advantage and which of its tokens plan.
 
-    group: position of its prompt in Batch.prompts. planning_T: bool.
+    group: position of its prompt in Batch.prompts. planning_T: bool. sampled_T: as in Completion; the other tokens are
+    context: they have no part in loss, credit or statistics.
     """
 
     group: int
@@ -113,6 +124,11 @@ class Rollout:
     logprobs_T: np.ndarray
     advantage: float
     planning_T: np.ndarray
+    sampled_T: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        """Tokens that are trained on."""
+        return len(self.tokens_T) if self.sampled_T is None else int(self.sampled_T.sum())
 
 
 @dataclass(frozen=True)
@@ -129,7 +145,7 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         """Unmasked completion tokens: the denominator of `token_mean`."""
-        return sum(len(r.tokens_T) for r in self.rollouts)
+        return sum(map(len, self.rollouts))
 
 
 @dataclass(frozen=True)

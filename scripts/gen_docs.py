@@ -11,10 +11,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from retrain.cli.commands import COMMANDS, TRAIN
 from retrain.cli.flags import main_flag
 from retrain.cli.help import render
-from retrain.config import KEYS, SECTIONS, ConditionConfig, Key
+from retrain.config import ARRAYS, KEYS, SECTIONS, Key
 from retrain.config.show import show
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -74,8 +76,8 @@ def _section(name: str) -> str:
     rows = [_row(key) for key in KEYS.values() if key.section == name]
     head = ["| Key | Type | Default | Range | Description | Flag |", "|---|---|---|---|---|---|"]
     lines = [f"## `[{name}]`", "", (SECTIONS[name].__doc__ or "").strip(), "", *head, *rows, ""]
-    if name == "campaign":
-        lines += ["Each `[[campaign.conditions]]` table has:", "", *_condition_lines(), ""]
+    for path in (path for path in ARRAYS if path.startswith(f"{name}.")):
+        lines += [*_array(path, SECTIONS[name]), ""]
     return "\n".join(lines)
 
 
@@ -91,8 +93,13 @@ def _row(key: Key) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
-def _condition_lines() -> list[str]:
-    return [f"- `{name}`: {field.description}" for name, field in ConditionConfig.model_fields.items()]
+def _array(path: str, section: type[BaseModel]) -> list[str]:
+    """The keys of an array's tables; those that the section around it has as well are in its own table of keys."""
+    fields = ARRAYS[path].model_fields
+    shared = [f"`{name}`" for name in fields if name in section.model_fields]
+    lines = [f"- `{name}`: {field.description}" for name, field in fields.items() if name not in section.model_fields]
+    lines += [f"- {', '.join(shared)}: as above."] if shared else []
+    return [f"Each `[[{path}]]` table has:", "", *lines]
 
 
 def main() -> int:

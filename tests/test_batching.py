@@ -12,6 +12,7 @@ from retrain.config.build import build
 from retrain.streams import stream_key
 from retrain.training.batching import credit, shaped_rewards
 from retrain.training.collect import Collector
+from retrain.training.rollouts import Answers
 from retrain.training.stopwatch import Stopwatch
 from retrain.types import Completion, Example, Group, RetrainError, Score
 
@@ -31,7 +32,11 @@ def group(index, rewards, lengths=None):
 def credited(groups, *, max_tokens=10, sepa_lambda=0.25, **algorithm):
     section = build({}, overrides={f"algorithm.{key}": value for key, value in algorithm.items()}).algorithm
     return credit(
-        groups, section, max_tokens=max_tokens, detect=lambda tokens: tokens % 2 == 1, sepa_lambda=sepa_lambda
+        groups,
+        section,
+        max_tokens=max_tokens,
+        detect=lambda completions: [tokens % 2 == 1 for tokens in completions],
+        sepa_lambda=sepa_lambda,
     )
 
 
@@ -100,7 +105,11 @@ class Engine:
 class Scorer:
     """Prompts divisible by 3 are solved by their first completion only, the rest by all; a sixth fails to score."""
 
-    def score(self, responses, references):
+    def figures(self):
+        return {}
+
+    def score(self, responses, references, prompts):
+        assert prompts == [f"p{reference[1:]}" for reference in references]
         scores = []
         for response, reference in zip(responses, references, strict=True):
             prompt, g = map(int, response.split(":"))
@@ -117,9 +126,8 @@ def collector():
         config = build({}, overrides=values | {key.replace("__", "."): value for key, value in overrides.items()})
         examples = [Example(f"p{i}", f"r{i}") for i in range(20)]
         prompts = [np.array([i]) for i in range(20)]
-        return Collector(
-            examples, prompts, engine or Engine(), Scorer(), 9, config.training, config.algorithm, config.data
-        )
+        rollouts = Answers(examples, prompts, engine or Engine(), Scorer(), config.training.max_tokens)
+        return Collector(rollouts, 9, config.training, config.algorithm, config.data)
 
     return make
 
@@ -134,7 +142,7 @@ def test_a_step_samples_the_next_prompts_with_streams_of_their_own(collector):
     assert [g.index for g in got.sampled] == [18, 19, 20, 21]
     assert [g.example.prompt for g in got.sampled] == ["p18", "p19", "p0", "p1"]
     assert got.prompts_used == 22
-    ((prompts, streams, max_tokens, temperature),) = own.engine.asked
+    ((prompts, streams, max_tokens, temperature),) = own.rollouts.engine.asked
     assert [prompt[0] for prompt in prompts] == [18, 19, 0, 1]
     assert streams.tolist() == [[stream_key(9, "sample", 5, i, g) for g in range(3)] for i in (18, 19, 20, 21)]
     assert (max_tokens, temperature) == (50, 0.6)
@@ -151,16 +159,16 @@ def test_dynamic_sampling_goes_on_until_enough_groups_are_informative(collector)
     own = collector(algorithm__dynamic_sampling=True, algorithm__max_resample_rounds=10)
     got = collect(own)
     assert [g.index for g in got.groups] == [0, 3, 6, 9]
-    assert len(own.engine.asked) > 2
+    assert len(own.rollouts.engine.asked) > 2
     assert sorted(g.index for g in got.sampled) == list(range(got.prompts_used))
     # What a round asks for is what is still missing.
-    assert [len(prompts) for prompts, *_ in own.engine.asked[:2]] == [4, 2]
+    assert [len(prompts) for prompts, *_ in own.rollouts.engine.asked[:2]] == [4, 2]
 
 
 def test_dynamic_sampling_ends_after_its_rounds(collector):
     own = collector(algorithm__dynamic_sampling=True, algorithm__max_resample_rounds=1)
     got = collect(own, first=1)
-    assert len(own.engine.asked) == 2
+    assert len(own.rollouts.engine.asked) == 2
     assert [g.index for g in got.groups] == [3, 6]
     assert got.prompts_used == 1 + 4 + 3
 
@@ -171,12 +179,12 @@ def test_dynamic_sampling_looks_at_the_shaped_rewards(collector, monkeypatch):
         algorithm__dynamic_sampling=True, algorithm__overlong_buffer=10, algorithm__advantage_mode="grpo",
         training__batch_size=1,
     )  # fmt: skip
-    answer = own.engine.generate
+    answer = own.rollouts.engine.generate
 
     def longer(*args, **kwargs):
         return [(dataclasses.replace(first, tokens_T=np.arange(45)), *rest) for first, *rest in answer(*args, **kwargs)]
 
-    monkeypatch.setattr(own.engine, "generate", longer)
+    monkeypatch.setattr(own.rollouts.engine, "generate", longer)
     assert [g.index for g in collect(own, first=1).groups] == [1]
 
 

@@ -114,7 +114,7 @@ def test_ready(ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("flags", "subject", "detail"),
     [
-        (["--source", "math"], "config", "not available yet"),
+        (["--backend", "tinker"], "config", "not available yet"),
         (["--devices", "gpu:77"], "device", "gpu:77"),
         (["--model", "./nothing"], "model", "no such folder"),
         (["--source", "nothing.jsonl"], "data", "no such file"),
@@ -152,6 +152,14 @@ def test_a_model_to_be_downloaded_is_no_obstacle(ready: Path, capsys: pytest.Cap
     status, findings = examine(capsys, str(ready), "--model", "no-such-org/no-such-model")
     assert status == 0
     assert findings["model"]["fix"] == "hf download no-such-org/no-such-model"
+
+
+@pytest.mark.parametrize("source", ["math", "gsm8k", "no-such-org/no-such-data"])
+def test_data_to_be_downloaded_is_no_obstacle(source: str, ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, findings = examine(capsys, str(ready), "--source", source)
+    assert status == 0
+    assert findings["data"]["level"] == "note"
+    assert findings["datasets"]["level"] == "ok"
 
 
 class _Answer(BaseHTTPRequestHandler):

@@ -43,6 +43,10 @@ AVAILABLE = {"data__source": "arithmetic"}
         ({"environment__provider": "verifiers"}, 'environment.provider = "verifiers": needs environment.id'),
         ({"environment__id": "a/b"}, 'environment.id: needs environment.provider = "verifiers"'),
         ({"environment__max_turns": 0}, "environment.max_turns = 0: must be -1 (no override) or >= 1"),
+        (
+            {"data__source": "reasoning_gym:dice", "reward__type": "math"},
+            'data.source = "reasoning_gym:dice": its tasks score by themselves; remove reward.type',
+        ),
         ({"reward__type": "judge"}, 'reward.type = "judge": needs reward.judge_model'),
         ({"reward__type": "custom"}, 'reward.type = "custom": needs reward.custom_module'),
         (
@@ -93,18 +97,6 @@ def test_allowed_combination(values: dict[str, Any]) -> None:
     [
         ({"backend__backend": "tinker"}, "backend.backend"),
         ({"backend__devices": "gpu:0,gpu:1"}, "backend.devices"),
-        ({"data__source": "math"}, "data.source"),
-        ({"data__source": "gsm8k"}, "data.source"),
-        ({"data__source": "reasoning_gym:sudoku"}, "data.source"),
-        ({"data__source": "x.csv"}, "data.source"),
-        ({"data__source": "org/name"}, "data.source"),
-        ({"data__split": "test"}, "data.split"),
-        ({"environment__args": {"a": 1}}, "environment.args"),
-        ({"environment__max_turns": 3}, "environment.max_turns"),
-        ({"planning__detector": "semantic"}, "planning.detector"),
-        ({"planning__model": "x"}, "planning.model"),
-        ({"planning__threshold": 0.5}, "planning.threshold"),
-        ({"reward__custom_function": "f"}, "reward.custom_function"),
         ({"backpressure__peak_gflops": 1}, "backpressure.peak_gflops"),
         ({"logging__wandb_project": "p"}, "logging.wandb_project"),
         ({"logging__wandb_tags": "p"}, "logging.wandb_tags"),
@@ -119,8 +111,6 @@ def test_not_available_yet(values: dict[str, Any], key: str) -> None:
 
 
 def test_not_available_yet_with_companions() -> None:
-    judge = config_of(**AVAILABLE, reward__type="judge", reward__judge_model="m")
-    assert [line.split(" = ")[0] for line in unavailable(judge)] == ["reward.judge_model", "reward.type"]
     campaign = config_of(**AVAILABLE, campaign__parallel=True)
     assert unavailable(campaign)[0].startswith("[campaign]: not available yet")
     squeeze = config_of(squeeze__adapter_path="x")
@@ -128,13 +118,11 @@ def test_not_available_yet_with_companions() -> None:
     assert unavailable(squeeze)[0].startswith("[squeeze]: ")
 
 
-def test_the_default_source_is_said_to_be_missing() -> None:
-    assert unavailable(Config()) == [
-        'data.source = "math": not available yet; use "arithmetic", a .jsonl file or a dotted path'
-    ]
+def test_the_defaults_are_available() -> None:
+    assert unavailable(Config()) == []
 
 
-@pytest.mark.parametrize("source", ["arithmetic", "arithmetic:words", "x.jsonl", "pkg.mod.fn"])
+@pytest.mark.parametrize("source", ["arithmetic", "math", "gsm8k:folder", "x.csv", "org/name", "pkg.mod.fn"])
 def test_available(source: str) -> None:
     check_available(config_of(data__source=source))
     check_available(
@@ -170,11 +158,25 @@ def test_available(source: str) -> None:
         ({"loss__kl_estimator": "k1"}, "loss.kl_estimator", "loss.kl_coef = 0"),
         ({"loss__mismatch_cap": 3}, "loss.mismatch_cap", "loss.mismatch_correction"),
         ({"planning__threshold": 0.5}, "planning.threshold", 'planning.detector = "regex"'),
+        (
+            {"planning__detector": "semantic", "logging__strategic_grams": "hmm"},
+            "logging.strategic_grams",
+            'planning.detector = "semantic"',
+        ),
         ({"reward__judge_model": "m"}, "reward.judge_model", 'reward.type = "match"'),
         ({"backpressure__ema_decay": 0.5}, "backpressure.ema_decay", "backpressure.enabled"),
         ({"logging__wandb_group": "g"}, "logging.wandb_group", "logging.wandb_project"),
         ({"eval__examples": 5}, "eval.examples", "eval.every = 0"),
         ({"data__prompt_field": "q", "data__source": "arithmetic"}, "data.prompt_field", "arithmetic"),
+        ({"data__prompt_field": "q", "data__source": "math:x"}, "data.prompt_field", "math:x"),
+        (
+            {"data__prompt_field": "q", "data__prompt_template": "{a}", "data__source": "x.csv"},
+            "data.prompt_field",
+            "data.prompt_template",
+        ),
+        ({"data__prompt_template": "{a}", "data__source": "a.b"}, "data.prompt_template", "a.b"),
+        ({"data__prompt_template": "{a}", "data__source": "reasoning_gym:dice"}, "data.prompt_template", "dice"),
+        ({"data__split": "test", "data__source": "x.json"}, "data.split", "x.json"),
         ({"inference__url": "http://x"}, "inference.url", 'inference.engine = "pytorch"'),
         (
             {"inference__merged_copy": False, "inference__engine": "vllm", "inference__url": "http://x"},
@@ -202,6 +204,9 @@ def test_without_effect(values: dict[str, Any], key: str, reason: str) -> None:
         {"loss__kind": "gspo"},
         {"loss__kl_estimator": "k1", "loss__kl_coef": 0.1},
         {"data__prompt_field": "q", "data__source": "x.jsonl"},
+        {"data__prompt_template": "{problem}", "data__split": "test", "data__source": "math"},
+        {"data__prompt_template": "{a} {b}", "data__reference_field": "c", "data__source": "org/name"},
+        {"reward__timeout_s": 5, "data__source": "reasoning_gym:dice"},
         {"eval__examples": 5, "eval__every": 1},
         {"training__lr": 1, "optimizer__beta1": 0.5, "lora__dropout": 0.1, "training__dtype": "fp32"},
     ],

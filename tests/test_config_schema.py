@@ -42,6 +42,7 @@ PROMISED = {
     "environment.args": (dict, {}),
     "environment.max_turns": (int, -1),
     "environment.auto_install": (bool, False),
+    "environment.timeout_s": (float, 120.0),
     "planning.detector": (str, "regex"),
     "planning.model": (str, "all-MiniLM-L6-v2"),
     "planning.threshold": (float, 0.02),
@@ -118,6 +119,7 @@ PROMISED = {
     "sepa.variance_threshold": (float, 0.2),
     "sepa.warmup": (int, 50),
     "data.prompt_field": (str, "prompt"),
+    "data.prompt_template": (str, ""),
     "data.reference_field": (str, "reference"),
     "data.split": (str, "train"),
     "data.shuffle": (bool, True),
@@ -132,6 +134,15 @@ PROMISED = {
     "inference.request_timeout_s": (float, 600.0),
     "inference.retries": (int, 5),
     "inference.merged_copy": (bool, True),
+    "reward.judge_url": (str, ""),
+    "reward.judge_rubric": (str, ""),
+    "reward.judge_verdict": (str, "correct"),
+    "reward.judge_concurrency": (int, 32),
+    "reward.judge_timeout_s": (float, 60.0),
+    "reward.judge_retries": (int, 5),
+    "reward.timeout_s": (float, 10.0),
+    "reward.max_error_rate": (float, 0.5),
+    "reward.parts": (tuple, ()),
     "campaign.seeds": (tuple, (42, 101, 202, 303, 404, 505, 606, 707)),
     "campaign.max_steps": (int, 0),
     "campaign.parallel": (bool, False),
@@ -154,6 +165,7 @@ CHOICES = {
     "inference.kv_cache_dtype": ("auto", "bf16", "fp8", "int8"),
     "environment.provider": ("", "verifiers"),
     "reward.type": ("match", "math", "judge", "custom"),
+    "reward.judge_verdict": ("correct", "score"),
     "planning.detector": ("regex", "semantic"),
     "loss.kind": ("importance_sampling", "ppo", "cispo", "gspo"),
     "loss.aggregation": ("token_mean", "seq_mean", "constant"),
@@ -188,6 +200,8 @@ EDGES = {
     "inference.retries": (-1, 0),
     "inference.request_timeout_s": (0, 0.5),
     "loss.clip_low": (1.0, 0.0),
+    "reward.max_error_rate": (1.1, 1.0),
+    "reward.judge_concurrency": (0, 1),
     "gtpo.beta": (-0.1, 0),
     "hicra.alpha": (-0.1, 0),
     "backpressure.throttle_margin": (0.0, 1.0),
@@ -304,15 +318,16 @@ def test_plugins_by_dotted_path(mode: str) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        *("math", "gsm8k", "arithmetic", "arithmetic:words", "reasoning_gym:sudoku"),
-        *("x.jsonl", "/a b/x.json", "../x.csv", "x.parquet", "org/name", "pkg.fn"),
+        *("math", "gsm8k", "arithmetic", "arithmetic:words", "reasoning_gym:sudoku", "reasoning_gym:ab,dice"),
+        *("math:/a b", "gsm8k:data/gsm8k", "x.jsonl", "/a b/x.json", "../x.csv", "x.parquet"),
+        *("org/name", "org/name:config", "pkg.fn"),
     ],
 )
 def test_sources(source: str) -> None:
     assert build({"data": {"source": source}}).data.source == source
 
 
-@pytest.mark.parametrize("source", ["", "arithmetik", "reasoning_gym:", "a b", "x.txt y", "arithmetic:wrods"])
+@pytest.mark.parametrize("source", ["", "arithmetik", "reasoning_gym:", "a b", "x.txt y", "arithmetic:wrods", "math:"])
 def test_wrong_source(source: str) -> None:
     with pytest.raises(ConfigError, match=r"^data\.source = "):
         build({"data": {"source": source}})

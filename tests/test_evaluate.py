@@ -12,6 +12,7 @@ from scipy.stats import binomtest
 
 from retrain.streams import stream_key
 from retrain.training.evaluate import evaluate, pass_at_k, rate_interval
+from retrain.training.rollouts import Answers
 from retrain.types import Completion, Example, Score
 
 
@@ -112,7 +113,7 @@ class FakeScorer:
     def __init__(self, verdicts):
         self.verdicts, self.calls, self.texts = verdicts, 0, []
 
-    def score(self, responses, references):
+    def score(self, responses, references, prompts):
         self.calls += 1
         self.texts += responses
         found = []
@@ -130,9 +131,10 @@ class FakeScorer:
 def run(verdicts, *, prompts_at_once=2, seed=5):
     engine, scorer = FakeEngine(), FakeScorer(verdicts)
     examples = [Example(f"prompt {i}", f"ref {i}") for i in range(len(verdicts))]
+    rollouts = Answers(examples, [np.array([i, 9]) for i in range(len(verdicts))], engine, scorer, 33)
     result = evaluate(
-        engine, scorer, examples, [np.array([i, 9]) for i in range(len(verdicts))],
-        samples=len(verdicts[0]), temperature=0.7, max_tokens=33, seed=seed, prompts_at_once=prompts_at_once,
+        rollouts, range(len(verdicts)),
+        samples=len(verdicts[0]), temperature=0.7, seed=seed, prompts_at_once=prompts_at_once,
     )  # fmt: skip
     return result, engine, scorer
 

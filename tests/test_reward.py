@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from retrain.boxed import last_box
 from retrain.reward import open_scorer, score
-from retrain.reward.boxed import last_box
 from retrain.types import ConfigError, RetrainError, Score
 
 BOMB = r"\boxed{9^{9^{9^9}}}"
@@ -415,11 +415,12 @@ def test_lengths_must_agree(kind):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("judge", {}, '"judge" is not available yet; write "match" or "math"'),
-        ("custom", {}, '"custom" is not available yet'),
-        ("maths", {}, '"maths" is unknown; did you mean "math"'),
-        ("Match", {}, '"Match" is unknown; did you mean "match"'),
-        ("xyz", {}, '"xyz" is unknown; write "match" or "math"'),
+        ("judge", {}, 'reward.type = "judge": needs reward.judge_model'),
+        ("custom", {}, 'reward.type = "custom": needs reward.custom_module'),
+        ("maths", {}, 'reward.type = "maths": must be one of .*; did you mean "math"'),
+        ("Match", {}, '"Match": must be one of .*; did you mean "match"'),
+        ("xyz", {}, '"xyz": must be one of match, math, judge, custom$'),
+        ("math", {"timeout": 5.0}, 'reward.timeout: unknown key; did you mean "timeout_s"'),
         ("math", {"workers": -1}, "workers = -1"),
         ("math", {"timeout_s": 0.0}, "timeout_s = 0"),
         ("math", {"timeout_s": float("nan")}, "timeout_s = nan"),

@@ -208,7 +208,7 @@ class Learner:
     def _denominator(self, rollouts: Sequence[Rollout]) -> float:
         """What the loss of the whole optimizer update is divided by, whatever micro-batches it is computed in."""
         if self.loss.aggregation == "token_mean":
-            return sum(len(rollout.tokens_T) for rollout in rollouts)
+            return sum(map(len, rollouts))
         return len(rollouts) * (self.training.max_tokens if self.loss.aggregation == "constant" else 1)
 
     def _check_gap(self, records: Sequence[_Pass]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrain.types import Batch
+from retrain.types import Batch, Rollout
 
 # What a token costs apart from attention, in tokens attended to: it decides how many completions share a row. Measured
 # on a CPU at hidden size 128, where the optimum is flat; it grows with the model's width.
@@ -27,7 +27,9 @@ MICRO_BATCH_COST = {"cpu": 128, "mps": 2048, "cuda": 2048}
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """R rows of width S that hold B completions with N tokens, packed one after another.
+    """R rows of width S that hold B completions; N counts the tokens of these that are trained on, one after another.
+
+    An environment's tokens are in the rows, where the others see them, and nowhere else.
 
     tokens_RS, positions_RS: int64. mask: bool [R, 1, S, S], or None where every row is one plain causal sequence.
     predictor_N: int64, position in the flattened [R * S] hidden states that predicts token n. targets_N: int64.
@@ -121,25 +123,32 @@ def _build(batch: Batch, rows: list[_Row], pad_id: int, device: torch.device) ->
             # Each token is predicted by its predecessor; that of the first is the prompt's last.
             predictor = np.arange(start - 1, end - 1)
             predictor[0] = len(prompt) - 1
-            predictors.append(r * width + predictor)
+            predictors.append(_trained(rollout, r * width + predictor))
     shared = any(len(row.members) > 1 for row in rows)
 
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device)
 
-    lengths = [len(rollout.tokens_T) for rollout in rollouts]
+    def trained(name: str, dtype: type) -> Tensor:
+        return tensor(np.concatenate([_trained(r, getattr(r, name)) for r in rollouts]).astype(dtype))
+
     return MicroBatch(
         tokens_RS=tensor(tokens),
         positions_RS=tensor(positions),
         mask=_attention(tensor(segments)) if shared else None,
         predictor_N=tensor(np.concatenate(predictors)),
-        targets_N=tensor(np.concatenate([r.tokens_T for r in rollouts]).astype(np.int64)),
-        sampler_logprob_N=tensor(np.concatenate([r.logprobs_T for r in rollouts]).astype(np.float32)),
-        planning_N=tensor(np.concatenate([r.planning_T for r in rollouts]).astype(bool)),
+        targets_N=trained("tokens_T", np.int64),
+        sampler_logprob_N=trained("logprobs_T", np.float32),
+        planning_N=trained("planning_T", bool),
         advantages_B=tensor(np.array([r.advantage for r in rollouts], dtype=np.float32)),
-        cu_seqlens=tensor(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)),
+        cu_seqlens=tensor(np.concatenate(([0], np.cumsum([len(r) for r in rollouts]))).astype(np.int32)),
         members=tuple(i for row in rows for i in row.members),
     )
+
+
+def _trained(rollout: Rollout, values_T: np.ndarray) -> np.ndarray:
+    """What belongs to the tokens that are trained on."""
+    return values_T if rollout.sampled_T is None else values_T[rollout.sampled_T]
 
 
 def _attention(segments_RS: Tensor) -> Tensor:

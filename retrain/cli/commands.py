@@ -93,6 +93,19 @@ COMMANDS = {
             ),
         ),
         Command(
+            "planning",
+            "TEXT or FILE or mine LOG_DIR [--config CONFIG.toml] [--flag value ...] [--json]",
+            "Show which tokens of a text plan. `mine` finds phrases for strategic_grams in what a run solved.",
+            (
+                Option(
+                    "--config", "Config whose tokenizer and detector count (default: builtin:tiny's).", "CONFIG.toml"
+                ),
+                Option("--top", "With `mine`: most phrases to show (default: 20).", "N"),
+                JSON,
+            ),
+            positionals=2,
+        ),
+        Command(
             "doctor",
             "[CONFIG.toml] [--flag value ...] [--json]",
             "What this machine has and lacks for a config, and the command that would fix it.",

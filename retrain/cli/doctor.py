@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -20,6 +21,8 @@ from retrain.cli.explain import human_bytes, not_available
 from retrain.cli.flags import parse
 from retrain.config import DEFAULT_PATH, Config, run_matrix
 from retrain.config.engines import parse_urls
+from retrain.config.fields import source_kind
+from retrain.environment import module_of
 from retrain.types import ConfigError
 
 if TYPE_CHECKING:
@@ -30,6 +33,8 @@ CORE = ("transformers", "peft", "safetensors", "numpy", "pydantic", "rich", "mat
 EXTRAS: dict[str, tuple[str, Callable[[Config], bool]]] = {
     "wandb": ("wandb", lambda config: bool(config.logging.wandb_project)),
     "tensorboard": ("tensorboard", lambda config: False),
+    "data": ("datasets", lambda config: _needs_datasets(config)),
+    "reasoning-gym": ("reasoning_gym", lambda config: source_kind(config.data.source) == "reasoning_gym"),
     "verifiers": ("verifiers", lambda config: config.environment.provider == "verifiers"),
     "semantic": ("sentence-transformers", lambda config: config.planning.detector == "semantic"),
     "tinker": ("tinker", lambda config: config.backend.backend == "tinker"),
@@ -82,7 +87,7 @@ def examine(config: Config | None) -> Iterator[Finding]:
     yield from _devices(config)
     yield _model(config)
     if not missing:
-        yield _data(config)
+        yield _environment(config) if config.environment.provider else _data(config)
     yield _disk(Path(config.logging.log_dir))
     if config.inference.engine != "pytorch":
         yield from map(_server, parse_urls(config.inference.url, config.inference.engine))
@@ -97,6 +102,11 @@ def _torch() -> Finding:
     metal = ["MPS"] if torch.backends.mps.is_available() else []
     found = ", ".join(gpus + metal) or "no GPU"
     return Finding("ok", "torch", f"{torch.__version__}: {found}, {torch.get_num_threads()} threads")
+
+
+def _needs_datasets(config: Config) -> bool:
+    source = config.data.source
+    return not config.environment.provider and (data.is_on_hub(source) or source.endswith(".parquet"))
 
 
 def _package(name: str, *, required: bool, fix: str) -> Finding:
@@ -162,11 +172,22 @@ def _model(config: Config) -> Finding:
 
 def _data(config: Config) -> Finding:
     source = config.data.source
+    if data.is_on_hub(source):
+        return Finding("note", "data", f"{source}: a run fetches it from the hub, or reads it from the cache")
     try:
         found = data.load(config.data, max_examples=config.training.max_examples)
     except ConfigError as exc:
         return Finding("fail", "data", str(exc))
     return Finding("ok", "data", f"{source}: {len(found.train):,} examples to train on, {len(found.eval):,} held out")
+
+
+def _environment(config: Config) -> Finding:
+    name = config.environment.id
+    module = module_of(name)
+    if importlib.util.find_spec(module) is not None:
+        return Finding("ok", "environment", f"{name}: module {module} is installed")
+    level = "note" if config.environment.auto_install else "fail"
+    return Finding(level, "environment", f"{name}: no module {module} is installed", f"prime env install {name}")
 
 
 def _disk(log_dir: Path) -> Finding:

@@ -30,7 +30,7 @@ def train_config(config: Config) -> int:
 def opening(config: Config) -> str:
     training = config.training
     return (
-        f"{config.model.model} on {config.data.source}: {config.algorithm.condition}, "
+        f"{config.model.model} on {config.environment.id or config.data.source}: {config.algorithm.condition}, "
         f"{training.max_steps} steps of {training.batch_size} prompts x {training.group_size} completions, "
         f"into {config.logging.log_dir}"
     )

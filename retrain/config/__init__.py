@@ -7,7 +7,7 @@ from retrain.config.build import build
 from retrain.config.campaign import Run, run_kind, run_matrix
 from retrain.config.effects import without_effect
 from retrain.config.load import DEFAULT_PATH, dump_toml, load_config, to_dict
-from retrain.config.schema import KEYS, SECTIONS, Config, Key, changed, json_schema, value_of
+from retrain.config.schema import ARRAYS, KEYS, SECTIONS, Config, Key, changed, json_schema, value_of
 from retrain.config.sections import (
     AlgorithmConfig,
     BackendConfig,
@@ -34,6 +34,7 @@ from retrain.config.sections import (
 )
 
 __all__ = [
+    "ARRAYS",
     "DEFAULT_PATH",
     "KEYS",
     "SECTIONS",

@@ -7,7 +7,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from retrain.config.campaign import run_kind
-from retrain.config.fields import source_kind
 from retrain.config.schema import Config, changed
 from retrain.config.show import show_key
 from retrain.types import ConfigError
@@ -16,13 +15,6 @@ from retrain.types import ConfigError
 NOT_YET = {
     "backend.backend": 'use "local"',
     "model.base_url": "",
-    "data.split": "",
-    "environment.*": "",
-    "planning.detector": 'use "regex"',
-    "planning.model": "",
-    "planning.threshold": "",
-    "reward.judge_model": "",
-    "reward.custom_*": "",
     "backpressure.*": "",
     "logging.wandb_*": "",
     "squeeze.*": "",
@@ -31,11 +23,6 @@ NOT_YET = {
 # Keys of which some values work, the default not always among them.
 SOME_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "backend.devices": (lambda value: "," not in value, "name one device"),
-    "data.source": (
-        lambda value: value.startswith("arithmetic") or value.endswith(".jsonl") or source_kind(value) == "dotted",
-        'use "arithmetic", a .jsonl file or a dotted path',
-    ),
-    "reward.type": (lambda value: value in ("match", "math"), 'use "match" or "math"'),
 }
 
 

@@ -8,8 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from retrain.config import checks
-from retrain.config.schema import KEYS, SECTIONS, Config, keys_of
-from retrain.config.sections import ConditionConfig
+from retrain.config.schema import ARRAYS, KEYS, SECTIONS, Config, key_at, keys_of
 from retrain.config.show import show
 from retrain.config.suggest import did_you_mean, nearest
 from retrain.types import ConfigError
@@ -140,13 +139,14 @@ def _label(location: tuple[Any, ...]) -> str:
 def _describe(error: Any) -> str:
     """One line about a pydantic error: where, the value, what it must be."""
     location, kind, value = error["loc"], error["type"], error["input"]
-    if kind == "extra_forbidden":  # only inside a campaign's condition: other names are checked before
-        return f"{_label(location)}: unknown key{did_you_mean(str(location[-1]), ConditionConfig.model_fields)}"
+    if kind == "extra_forbidden":  # only within an array of tables: other names are checked before
+        known = ARRAYS[".".join(_section_and_key(location))].model_fields
+        return f"{_label(location)}: unknown key{did_you_mean(str(location[-1]), known)}"
     return f"{_label(location)} = {show(value)}: {_expectation(kind, value, error)}"
 
 
 def _expectation(kind: str, value: object, error: Any) -> str:
-    key = KEYS[".".join(_section_and_key(error["loc"]))]
+    key = key_at(error["loc"])
     if kind == "literal_error":
         names = [name or '""' for name in key.choices]
         hint = did_you_mean(value, filter(None, key.choices)) if isinstance(value, str) else ""

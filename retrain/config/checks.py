@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from retrain.config.engines import inference_problems
+from retrain.config.fields import source_kind
 from retrain.config.schema import Config
-from retrain.config.sections import CampaignConfig, SqueezeConfig
+from retrain.config.sections import CampaignConfig, RewardConfig, SqueezeConfig
 
 
 def problems(config: Config) -> list[str]:
@@ -74,8 +75,18 @@ def _table(config: Config) -> Iterator[tuple[bool, str]]:
         'environment.id: needs environment.provider = "verifiers"',
     )
     yield (environment.max_turns == 0, "environment.max_turns = 0: must be -1 (no override) or >= 1")
-    yield (reward.type == "judge" and not reward.judge_model, 'reward.type = "judge": needs reward.judge_model')
-    yield (reward.type == "custom" and not reward.custom_module, 'reward.type = "custom": needs reward.custom_module')
+    yield from _reward_table(reward)
+    yield (
+        source_kind(config.data.source) == "reasoning_gym"
+        and not environment.provider
+        and (reward.type != "match" or bool(reward.parts)),
+        f'data.source = "{config.data.source}": its tasks score by themselves; remove reward.type and reward.parts',
+    )
+    yield (
+        algorithm.advantage_mode == "maxrl" and _may_leave_unit(reward),
+        "reward.parts: with these weights the sum may leave [0, 1], and maxrl needs rewards within; take weights from "
+        '0 on that sum to 1 at most, or another algorithm.advantage_mode, such as "grpo"',
+    )
     yield (
         bp.min_batch_size > bp.max_batch_size,
         f"backpressure.min_batch_size = {bp.min_batch_size}: must not be above max_batch_size ({bp.max_batch_size})",
@@ -85,6 +96,34 @@ def _table(config: Config) -> Iterator[tuple[bool, str]]:
         f"training.batch_size = {training.batch_size}: must lie within backpressure.min_batch_size and max_batch_size "
         f"({bp.min_batch_size} to {bp.max_batch_size})",
     )
+
+
+def _reward_table(reward: RewardConfig) -> Iterator[tuple[bool, str]]:
+    for place, keys in (("reward", reward), *((f"reward.parts[{i}]", part) for i, part in enumerate(reward.parts))):
+        url = keys.judge_url
+        yield (keys.type == "judge" and not keys.judge_model, f'{place}.type = "judge": needs {place}.judge_model')
+        yield (
+            keys.type == "custom" and not keys.custom_module,
+            f'{place}.type = "custom": needs {place}.custom_module',
+        )
+        yield (
+            bool(url) and not url.startswith(("http://", "https://")),
+            f'{place}.judge_url = "{url}": must begin with http:// or https://, as in "http://127.0.0.1:8000/v1"',
+        )
+        yield (
+            "@" in url,
+            f"{place}.judge_url: must not hold a password; set OPENAI_API_KEY in the environment or in .env",
+        )
+    names = [part.label for part in reward.parts]
+    yield (len(set(names)) < len(names), "reward.parts: two have the same name; give each a `name` of its own")
+
+
+def _may_leave_unit(reward: RewardConfig) -> bool:
+    """Whether the weights let the sum of parts leave [0, 1]; what a custom reward may be is not known here."""
+    if any(part.type == "custom" for part in reward.parts):
+        return False
+    weights = [part.weight for part in reward.parts]
+    return min(weights, default=0.0) < 0 or sum(weights) > 1 + 1e-9
 
 
 def _squeeze_table(squeeze: SqueezeConfig) -> Iterator[tuple[bool, str]]:

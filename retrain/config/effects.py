@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from retrain.config.fields import source_kind
 from retrain.config.schema import Config, changed
+from retrain.config.sections import RewardKeys, RewardPart
 from retrain.config.show import show_key
 
 
@@ -18,7 +19,22 @@ def without_effect(config: Config) -> list[str]:
         reason = next((reason for pattern, reason in idle if fnmatchcase(path, pattern)), None)
         if reason is not None:
             lines.append(f"{show_key(path, value)}: no effect {reason}")
-    return lines
+    return [*lines, *_idle_in_parts(config.reward.parts)]
+
+
+def _idle_reward_keys(keys: RewardKeys) -> list[str]:
+    """Patterns of the keys that a reward of this type does not look at."""
+    users = {"judge_*": ("judge",), "custom_*": ("custom",), "timeout_s": ("math", "custom")}
+    return [pattern for pattern, types in users.items() if keys.type not in types]
+
+
+def _idle_in_parts(parts: tuple[RewardPart, ...]) -> Iterator[str]:
+    for i, part in enumerate(parts):
+        idle = _idle_reward_keys(part)
+        for name, field in RewardPart.model_fields.items():
+            value = getattr(part, name)
+            if value != field.default and any(fnmatchcase(name, pattern) for pattern in idle):
+                yield f'{show_key(f"reward.parts[{i}].{name}", value)}: no effect with type = "{part.type}"'
 
 
 def _table(config: Config) -> Iterator[tuple[bool, str, str]]:
@@ -41,8 +57,12 @@ def _table(config: Config) -> Iterator[tuple[bool, str, str]]:
 
     yield config.planning.detector == "regex", "planning.model", 'with planning.detector = "regex"'
     yield config.planning.detector == "regex", "planning.threshold", 'with planning.detector = "regex"'
-    yield reward.type != "judge", "reward.judge_model", f'with reward.type = "{reward.type}"'
-    yield reward.type != "custom", "reward.custom_*", f'with reward.type = "{reward.type}"'
+    yield config.planning.detector == "semantic", "logging.strategic_grams", 'with planning.detector = "semantic"'
+    for key in ("type", "judge_*", "custom_*", "timeout_s"):
+        yield bool(reward.parts), f"reward.{key}", "with reward.parts, which have such keys of their own"
+    for key in _idle_reward_keys(reward):
+        own = source_kind(config.data.source) == "reasoning_gym"  # its tasks' scorers have a time limit too
+        yield not (own and key == "timeout_s"), f"reward.{key}", f'with reward.type = "{reward.type}"'
     yield not config.backpressure.enabled, "backpressure.*", "without backpressure.enabled"
     yield not config.logging.wandb_project, "logging.wandb_*", "without logging.wandb_project"
     if config.eval.every == 0:
@@ -50,11 +70,15 @@ def _table(config: Config) -> Iterator[tuple[bool, str, str]]:
             yield True, f"eval.{key}", "in training with eval.every = 0 (`retrain eval` uses it)"
 
     yield bool(config.environment.provider), "data.*", "with an [environment]"
+    for key in ("type", "parts", "judge_*", "custom_*", "timeout_s"):
+        yield bool(config.environment.provider), f"reward.{key}", "with an [environment], which has its own rubric"
     yield not config.environment.provider, "environment.*", "without environment.provider"
     kind = source_kind(config.data.source)
     of_source = f'with data.source = "{config.data.source}"'
     yield kind not in ("file", "hub"), "data.*_field", of_source
-    yield kind != "hub", "data.split", of_source
+    yield bool(config.data.prompt_template), "data.prompt_field", "with data.prompt_template"
+    yield kind not in ("file", "hub", "problem_set"), "data.prompt_template", of_source
+    yield kind not in ("hub", "problem_set"), "data.split", of_source
 
     yield from _backend_table(config)
     yield (

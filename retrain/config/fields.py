@@ -16,11 +16,14 @@ DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 DEVICE = re.compile(r"(cpu|mps|(gpu|cuda)(:\d+)?)")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 CONDITION_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
+PART_NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
+RESERVED_PARTS = ("errors", "parts", "time_s")
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 BUILTIN_SOURCES = ("math", "gsm8k", "arithmetic", "arithmetic:words")
+PROBLEM_SETS = ("math", "gsm8k")
 REASONING_GYM = "reasoning_gym:"
 
-SourceKind = Literal["builtin", "reasoning_gym", "file", "hub", "dotted"]
+SourceKind = Literal["arithmetic", "problem_set", "reasoning_gym", "file", "hub", "dotted"]
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,14 @@ class NameOrPlugin:
 def source_kind(source: str) -> SourceKind | None:
     """What a `data.source` names, or None when it names nothing that exists.
 
-    A suffix decides before the dots do: "train.jsonl" is a file, "pkg.train" a dotted path, "org/name" a hub id.
+    A suffix decides before the dots do: "train.jsonl" is a file, "pkg.train" a dotted path, "org/name" a hub id. What
+    follows "math:" and "gsm8k:" is a folder.
     """
+    name, _, folder = source.partition(":")
+    if source in PROBLEM_SETS or (name in PROBLEM_SETS and folder):
+        return "problem_set"
     if source in BUILTIN_SOURCES:
-        return "builtin"
+        return "arithmetic"
     if source.startswith(REASONING_GYM) and len(source) > len(REASONING_GYM):
         return "reasoning_gym"
     if source.endswith(FILE_SUFFIXES):
@@ -60,7 +67,7 @@ def source_kind(source: str) -> SourceKind | None:
 
 def _check_source(value: str) -> str:
     if source_kind(value) is None:
-        known = f"{', '.join(BUILTIN_SOURCES)}, {REASONING_GYM}TASK"
+        known = f"{', '.join(BUILTIN_SOURCES)}, math:FOLDER, gsm8k:FOLDER, {REASONING_GYM}TASK"
         raise ValueError(
             f"must be one of {known}, a file ({', '.join(FILE_SUFFIXES)}), a hub id org/name "
             f"or a dotted path pkg.mod.fn{did_you_mean(value, BUILTIN_SOURCES)}"
@@ -82,6 +89,14 @@ def _check_devices(value: str) -> str:
 def _check_condition_name(value: str) -> str:
     if value and not CONDITION_NAME.fullmatch(value):
         raise ValueError("names a folder: use letters, digits and . _ + - and start with a letter or digit")
+    return value
+
+
+def _check_part_name(value: str) -> str:
+    if value in RESERVED_PARTS:
+        raise ValueError(f"reward_{value} is a figure of its own in metrics.jsonl; give another name")
+    if value and not PART_NAME.fullmatch(value):
+        raise ValueError("ends the name of a metric: use letters, digits and _ and start with a letter")
     return value
 
 
@@ -151,6 +166,7 @@ TransformMode = Annotated[str, NameOrPlugin(("none", "gtpo", "gtpo_hicra", "gtpo
 Devices = Annotated[str, AfterValidator(_check_devices)]
 Source = Annotated[str, AfterValidator(_check_source)]
 ConditionName = Annotated[str, AfterValidator(_check_condition_name)]
+PartName = Annotated[str, AfterValidator(_check_part_name)]
 TargetModules = Annotated[
     str | tuple[str, ...],
     BeforeValidator(_check_target_modules),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Union, get_args, get_origin
@@ -119,6 +120,21 @@ def _keys_of(section: str, model: type[s.Section]) -> dict[str, Key]:
 
 SECTIONS: dict[str, type[s.Section]] = {name: _section_class(name) for name in Config.model_fields}
 KEYS: dict[str, Key] = {path: key for name, model in SECTIONS.items() for path, key in _keys_of(name, model).items()}
+
+
+# Arrays of tables, and what a table in them is.
+ARRAYS: dict[str, type[s.Section]] = {"campaign.conditions": s.ConditionConfig, "reward.parts": s.RewardPart}
+
+
+def key_at(location: Sequence[str | int]) -> Key:
+    """The key of a place in a config: ("training", "lr"), or ("reward", "parts", 1, "type") within an array."""
+    section, name, *inner = location or ("", "")
+    table = ARRAYS.get(f"{section}.{name}")
+    if table is None or len(inner) < 2:
+        return KEYS[f"{section}.{name}"]
+    attribute = str(inner[1])
+    field = table.model_fields[attribute]
+    return Key(str(section), field, attribute, field.default)
 
 
 def keys_of(section: str) -> dict[str, Key]:

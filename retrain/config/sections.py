@@ -16,6 +16,7 @@ from retrain.config.fields import (
     Devices,
     IntList,
     Overrides,
+    PartName,
     Source,
     Table,
     TargetModules,
@@ -200,12 +201,22 @@ class DataConfig(Section):
 
     source: Source = Field(
         default="math",
-        description="Built-in source (`math`, `gsm8k`, `arithmetic`, `arithmetic:words`, `reasoning_gym:TASK`), a file "
-        "(.jsonl, .json, .csv, .parquet), a hub dataset id, or the dotted path of a function that returns examples.",
+        description="Built-in source (`math`, `gsm8k`, `math:FOLDER`, `gsm8k:FOLDER`, `arithmetic`, "
+        "`arithmetic:words`, `reasoning_gym:TASK,TASK`), a file (.jsonl, .json, .csv, .parquet), a hub dataset id "
+        "(`org/name` or `org/name:config`), or the dotted path of a function that returns examples.",
     )
     prompt_field: str = Field(default="prompt", min_length=1, description="Field of a record that holds the prompt.")
+    prompt_template: str = Field(
+        default="",
+        description="Text of the prompt with {field} for a record's fields, as in `{Body} {Question}`. Empty = the "
+        "prompt field alone, or as the built-in source asks.",
+    )
     reference_field: str = Field(default="reference", min_length=1, description="Field that holds the reference.")
-    split: str = Field(default="train", min_length=1, description="Split of a hub dataset.")
+    split: str = Field(
+        default="train",
+        min_length=1,
+        description="Split of a hub dataset, of `math` or of `gsm8k`, as in `train+test`.",
+    )
     shuffle: bool = Field(default=True, description="Shuffle the examples anew in each epoch, by the seed.")
     eval_fraction: float = Field(default=0.0, ge=0, lt=1, description="Share of the examples held out for evaluation.")
 
@@ -227,14 +238,28 @@ class EnvironmentConfig(Section):
     args: Table = Field(default_factory=dict, description="Keyword arguments: a table, or a JSON string.")
     max_turns: int = Field(default=-1, ge=-1, description="Most turns of an episode. -1 = as the environment has it.")
     auto_install: bool = Field(default=False, description="Install a missing Prime Hub environment before loading it.")
+    timeout_s: float = Field(
+        default=120.0,
+        gt=0,
+        description="Seconds that an episode may spend between two turns of the model, and on its reward.",
+    )
 
 
 class PlanningConfig(Section):
     """Which tokens plan."""
 
     detector: Literal["regex", "semantic"] = Field(default="regex", description="Detector of planning tokens.")
-    model: str = Field(default="all-MiniLM-L6-v2", min_length=1, description="Encoder of the semantic detector.")
-    threshold: float = Field(default=0.02, ge=-2, le=2, description="Threshold of the semantic detector.")
+    model: str = Field(
+        default="all-MiniLM-L6-v2",
+        min_length=1,
+        description="Sentence-transformer of the semantic detector: hub id or folder.",
+    )
+    threshold: float = Field(
+        default=0.02,
+        ge=-2,
+        le=2,
+        description="How much more a window of the text must resemble planning than execution (semantic detector).",
+    )
 
 
 class GtpoConfig(Section):
@@ -312,8 +337,8 @@ class InferenceConfig(Section):
     retries: int = Field(default=5, ge=0, description="Further attempts after a failed request to a server.")
 
 
-class RewardConfig(Section):
-    """How completions are judged."""
+class RewardKeys(Section):
+    """What one reward needs: `[reward]` has it, and so has each of `[[reward.parts]]`."""
 
     type: Literal["match", "math", "judge", "custom"] = Field(
         default="match",
@@ -321,9 +346,58 @@ class RewardConfig(Section):
         "asks a model, `custom` calls a function.",
     )
     judge_model: str = Field(default="", description="Model of the judge, as in `gpt-4o-mini`.")
+    judge_url: str = Field(
+        default="",
+        description="URL of the judge's OpenAI-compatible API. Empty = `OPENAI_BASE_URL` of the environment, else "
+        "`https://api.openai.com/v1`. The key is `OPENAI_API_KEY` of the environment, never in a config.",
+    )
+    judge_rubric: str = Field(
+        default="", description="What the judge looks at, in words. Empty = whether the final answer is the reference."
+    )
+    judge_verdict: Literal["correct", "score"] = Field(
+        default="correct", description="What the judge gives: right or wrong (1 or 0), or a score from 0 to 1."
+    )
+    judge_concurrency: int = Field(default=32, ge=1, description="Most requests to the judge at a time.")
+    judge_timeout_s: float = Field(default=60.0, gt=0, description="Seconds until a request to the judge is given up.")
+    judge_retries: int = Field(
+        default=5, ge=0, description="Further attempts after a request to the judge that failed or gave no verdict."
+    )
     custom_module: str = Field(default="", description="Module of the custom reward.")
     custom_function: str = Field(
         default="score", min_length=1, description="Function of the custom reward: score(response, reference) -> float."
+    )
+    timeout_s: float = Field(
+        default=10.0,
+        gt=0,
+        description="Seconds that one comparison of `math` or one call of `custom` may take; more is an error.",
+    )
+
+
+class RewardPart(RewardKeys):
+    """One of several rewards that are added."""
+
+    name: PartName = Field(default="", description="Name in metrics, `reward_NAME`. Empty = its `type`.")
+    weight: float = Field(default=1.0, description="Weight in the sum. 0 = only logged.")
+
+    @property
+    def label(self) -> str:
+        """The name in metrics."""
+        return self.name or self.type
+
+
+class RewardConfig(RewardKeys):
+    """How completions are judged."""
+
+    max_error_rate: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="The run stops where more than this share of a step's rewards could not be computed. 1 = never.",
+    )
+    parts: Annotated[tuple[RewardPart, ...], from_array] = Field(
+        default=(),
+        description="Several rewards, as `[[reward.parts]]` tables: the reward is their weighted sum. Empty = the one "
+        "reward of this section.",
     )
 
 

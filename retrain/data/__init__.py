@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from retrain.data import arithmetic, files
+from retrain.config.fields import source_kind
+from retrain.data import arithmetic, files, gym, hub, problem_sets
+from retrain.data.records import Recipe, check_ids, read_examples
 from retrain.plugin import load_callable
 from retrain.streams import generator, stream_key
 from retrain.types import ConfigError, Example
@@ -30,12 +32,17 @@ class Dataset:
     eval: tuple[Example, ...]
 
 
-def load(section: DataConfig, *, max_examples: int = 0) -> Dataset:
+def _unheard(line: str) -> None:
+    """Where nobody listens."""
+
+
+def load(section: DataConfig, *, max_examples: int = 0, say: Callable[[str], None] = _unheard) -> Dataset:
     """Load `[data] source`, hold out `eval_fraction` of it, and keep `max_examples` (0 = all) for training.
 
+    say: told in one line each what was left out, and which references contradict each other.
     Raises ConfigError for a source that is missing, malformed or empty.
     """
-    examples = _read(section)
+    examples = _read(section, say)
     if not examples:
         raise ConfigError(f'data.source = "{section.source}" is empty: there is no example to train on')
     train = [example for example in examples if not is_held_out(example, section.eval_fraction)]
@@ -47,6 +54,11 @@ def load(section: DataConfig, *, max_examples: int = 0) -> Dataset:
     # The noise of an evaluation is keyed by the example: a second copy would be the same measurement once more.
     held_out = dict.fromkeys(example for example in examples if is_held_out(example, section.eval_fraction))
     return Dataset(tuple(train[:max_examples] if max_examples else train), tuple(held_out))
+
+
+def is_on_hub(source: str) -> bool:
+    """Whether a `data.source` is fetched from the Hugging Face hub."""
+    return source_kind(source) == "hub" or source in problem_sets.SETS
 
 
 def is_held_out(example: Example, fraction: float) -> bool:
@@ -73,15 +85,24 @@ def position(ordinal: int, count: int, *, seed: int, shuffle: bool) -> int:
     return int(_epoch_order(count, seed, epoch)[offset]) if shuffle else offset
 
 
-def _read(section: DataConfig) -> list[Example]:
-    name, _, variant = section.source.partition(":")
+def _read(section: DataConfig, say: Callable[[str], None]) -> list[Example]:
+    source, kind = section.source, source_kind(section.source)
+    name, _, variant = source.partition(":")
+    recipe = Recipe(section.prompt_field, section.reference_field, section.prompt_template)
+    if kind == "file":
+        rows = files.read_rows(Path(source))
+        check_ids(rows)
+        return read_examples(rows, recipe, say=say)
+    if kind == "hub":
+        return read_examples(hub.read_rows(source, name, variant or None, section.split), recipe, say=say)
+    if kind == "reasoning_gym":
+        return gym.load(source, say=say)
+    if name in problem_sets.SETS:
+        recipe = problem_sets.recipe(name, section.prompt_template)
+        return read_examples(problem_sets.read_rows(source, section.split), recipe, say=say)
     if name == "arithmetic":
         return arithmetic.load(variant)
-    if section.source.endswith(".jsonl"):
-        return files.read_jsonl(
-            Path(section.source), prompt_field=section.prompt_field, reference_field=section.reference_field
-        )
-    return _from_callable(section.source)
+    return _from_callable(source)
 
 
 def _from_callable(path: str) -> list[Example]:

@@ -8,6 +8,7 @@ So each token is translated to the bytes it contributes, and the characters of t
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -90,6 +91,18 @@ class TokenOffsets:
             if start == end and self.text(without) != text:  # it is part of the character that comes next
                 spans[t, 1] = min(start + 1, len(text))
         return spans
+
+
+def overlapping(tokens: np.ndarray, marked: Sequence[tuple[int, int]]) -> np.ndarray:
+    """bool [T]: which of the tokens' character spans (int64 [T, 2]) have a character in common with a marked one."""
+    size = max(tokens.max(initial=0), *(end for _, end in marked), 0)
+    edges = np.zeros(size + 1, dtype=np.int64)
+    for start, end in marked:
+        edges[start] += 1
+        edges[end] -= 1
+    marked_before = np.append(0, np.cumsum(np.cumsum(edges) > 0))
+    starts, ends = tokens.T
+    return marked_before[ends] > marked_before[starts]
 
 
 def _decodes_byte_level(tokenizer: Any) -> bool:

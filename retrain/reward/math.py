@@ -1,155 +1,16 @@
-"""The `math` reward: the boxed answer is mathematically equivalent to the reference, judged by math-verify.
-
-SymPy can take forever on an input a model writes in one line (`9^{9^{9^9}}`), and nothing inside a process stops it
-reliably: alarms work on the main thread only and not within one long C call. So the judging is done in worker
-processes that are killed when the time is up. That is an error, with its reason, never a score of 0.
-"""
+"""The `math` reward: the boxed answer is mathematically equivalent to the reference, judged by math-verify."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import queue
-import signal
-import subprocess
-import sys
-import threading
-import time
-import weakref
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-
-from retrain.reward.boxed import last_box
-from retrain.types import RetrainError, Score
+from retrain.boxed import last_box
+from retrain.reward.pool import PoolScorer
 
 WORKER = "retrain.reward.math_worker"
-START_LIMIT_S = 120.0
-ORPHAN_GRACE_S = 2.0  # a busy worker whose parent died ends itself this long after its time is up
-MAX_WORKERS = 4
 
 
-class MathScorer:
-    """A pool of worker processes; they start when first needed and stay until `close`. Any thread may call `score`.
-
-    workers: how many at most; 0 means one for each core, four at most. timeout_s: seconds one comparison may take.
-    """
+class MathScorer(PoolScorer):
+    """1.0 where math-verify finds the content of the last box equal to the reference; a reference it cannot read and a
+    comparison that takes longer than `timeout_s` are errors."""
 
     def __init__(self, *, workers: int = 0, timeout_s: float = 10.0) -> None:
-        count = workers or min(MAX_WORKERS, os.cpu_count() or 1)
-        self._timeout_s = timeout_s
-        self._executor = ThreadPoolExecutor(count, thread_name_prefix="math-reward")
-        self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()  # last in, first out: the warm ones are used
-        for _ in range(count):
-            self._idle.put(None)
-        self._close = weakref.finalize(self, _close_pool, self._executor, self._idle, count)
-
-    def score(self, responses: Sequence[str], references: Sequence[str]) -> list[Score]:
-        """One score a response. Equal answers to one reference, common within a group, are judged once.
-
-        Raises RetrainError when no worker can be started.
-        """
-        pairs = [(ref, last_box(response)) for response, ref in zip(responses, references, strict=True)]
-        verdicts = {pair: self._executor.submit(self._judge, *pair) for pair in dict.fromkeys(pairs)}
-        try:
-            return [verdicts[pair].result() for pair in pairs]
-        finally:  # after an interrupt nothing more is started
-            for verdict in verdicts.values():
-                verdict.cancel()
-
-    def close(self) -> None:
-        """End all workers. A comparison under way is waited for: `timeout_s` at most."""
-        self._close()
-
-    def _judge(self, reference: str, answer: str | None) -> Score:
-        worker = self._idle.get()
-        try:
-            if worker is not None and not worker.alive:
-                worker.end()
-                worker = None
-            worker = worker or _Worker(self._timeout_s)
-            return worker.judge(reference, answer)
-        finally:
-            self._idle.put(worker)
-
-
-def _close_pool(executor: ThreadPoolExecutor, idle: queue.LifoQueue[_Worker | None], count: int) -> None:
-    executor.shutdown(wait=True, cancel_futures=True)
-    for _ in range(count):
-        worker = idle.get()
-        if worker is not None:
-            worker.end()
-
-
-class _Worker:
-    """One worker process, asked by one thread at a time. It is dead after a time-out or a crash."""
-
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
-        # The worker sees the modules that this process sees; a fixed hash seed makes SymPy's verdicts reproducible.
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # noqa: PTH109
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-W", "ignore", "-m", WORKER, str(timeout_s + ORPHAN_GRACE_S)],
-                env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for the run, which still wants its scores
-            )
-        except OSError as error:
-            raise RetrainError(f"the math reward's worker process cannot be started: {error}") from error
-        if self._read(START_LIMIT_S) is None:
-            raise RetrainError(
-                f"the math reward's worker process did not start ({self._ending()}); "
-                f"to see why, run: {sys.executable} -m {WORKER} 10 </dev/null"
-            )
-
-    @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
-
-    def judge(self, reference: str, answer: str | None) -> Score:
-        start = time.monotonic()
-        verdict = self._read(self._timeout_s, json.dumps([reference, answer]))
-        if verdict is not None:
-            return Score(verdict.get("value"), verdict.get("error"))
-        question = f"comparing {_short(answer)} with the reference {_short(reference)}"
-        if time.monotonic() - start >= self._timeout_s:
-            return Score(None, f"{question} took longer than {self._timeout_s:g} s")
-        return Score(None, f"the math worker died while {question} ({self._ending()})")
-
-    def end(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(BrokenPipeError):  # an unread question is flushed once more on closing
-                pipe.close()  # pyright: ignore[reportOptionalMemberAccess]
-
-    def _read(self, limit_s: float, question: str | None = None) -> dict | None:
-        """Write the question if any, and read one line; None, and the process is dead, where none came in time."""
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
-        start = time.monotonic()
-        timer = threading.Timer(limit_s, self._process.kill)  # ends a blocked write or read as well
-        timer.daemon = True
-        timer.start()
-        line = b""
-        with contextlib.suppress(BrokenPipeError):
-            if question is not None:
-                stdin.write(question.encode() + b"\n")
-                stdin.flush()
-            line = stdout.readline()
-        timer.cancel()
-        complete = line.endswith(b"\n")
-        if not complete or time.monotonic() - start >= limit_s:  # a late answer counts, but the kill is on its way
-            self.end()
-        return json.loads(line) if complete else None
-
-    def _ending(self) -> str:
-        status = self._process.returncode
-        return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-
-
-def _short(text: str | None) -> str:
-    return "no answer" if text is None else repr(text if len(text) <= 80 else f"{text[:80]}...")
+        super().__init__(WORKER, last_box, workers=workers, timeout_s=timeout_s)

@@ -7,12 +7,7 @@ It reads JSON lines `[reference, answer]` from stdin and answers each on stdout,
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import resource
-import signal
-import sys
 from dataclasses import replace
 from functools import lru_cache
 
@@ -20,26 +15,44 @@ from latex2sympy2_extended import normalize_latex
 from math_verify import LatexExtractionConfig, verify
 from math_verify.parser import parse_latex_cached
 
-from retrain.reward.boxed import last_box
-
-MEMORY_LIMIT_BYTES = 4 << 30  # a runaway power tower ends in MemoryError here, not in the trainer being killed
+from retrain.boxed import last_box
+from retrain.reward.worker import serve
 
 # Boxes are taken apart by `last_box` alone, so that reward `match` and reward `math` judge the same text.
 _NORMALIZATION = replace(LatexExtractionConfig().normalization_config, boxed="none")
 
 # math-verify drops the comma and the negative space of 10,\!000, but reads 1\,234 as the mixed number 1 + 234.
-_SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\\[,;:! ]|~|\{,\}| )\d{3})+(?!\d)")
+_SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,?\\[,;:! ]|~|\{,\}| )\d{3})+(?!\d)")
+
+# What math-verify does not read: 2 1/2, \frac \pi4, and the full stop of the sentence that a box ends.
+_MIXED = re.compile(r"(?<![\w.,/^{}])(\d+) +(\d+)/(\d+)(?![\d.])")
+_BARE_FRACTION = re.compile(r"\\[dt]?frac\s*(\\pi|\d)\s*(\\pi|\d)(?![A-Za-z])")
+_FULL_STOP = re.compile(r"(?<!\\)[.,;]\s*$")
+
+# It drops the base of a numeral, so that 12_8 would equal 12_9.
+_BASED = re.compile(r"\s*[0-9A-Fa-f]+_\{?(\d+)\}?\s*")
+
+LONGEST = 10_000  # characters; nobody's answer is longer, and a parser's time grows faster than its input
 
 
 def _parse(latex: str):
     """SymPy's view of one LaTeX expression, or None when it is not one."""
-    latex = _SPACED_THOUSANDS.sub(lambda number: re.sub(r"\D", "", number.group()), latex)
     try:
-        return parse_latex_cached(normalize_latex(latex, _NORMALIZATION))
+        return parse_latex_cached(normalize_latex(_tidy(latex), _NORMALIZATION))
     except (MemoryError, RecursionError):
         raise
     except Exception:  # noqa: BLE001 - latex2sympy reports a syntax error as a bare Exception
         return None
+
+
+def _tidy(latex: str) -> str:
+    latex = _SPACED_THOUSANDS.sub(lambda number: re.sub(r"\D", "", number.group()), _FULL_STOP.sub("", latex))
+    return _BARE_FRACTION.sub(r"\\frac{\1}{\2}", _MIXED.sub(r"\1\\frac{\2}{\3}", latex))
+
+
+def _have_two_bases(reference: str, answer: str) -> bool:
+    bases = [_BASED.fullmatch(text) for text in (last_box(reference) or reference, answer)]
+    return len({base[1] for base in bases if base}) == 2
 
 
 @lru_cache(maxsize=4096)
@@ -52,43 +65,16 @@ def judge(reference: str, answer: str | None) -> dict:
     gold = _parse_reference(reference)
     if gold is None:
         return {"error": f"the reference {reference[:80]!r} is not a mathematical expression"}
-    prediction = None if answer is None else _parse(answer)
-    if prediction is None:
+    if answer is None:
+        return {"value": 0.0}
+    if len(answer) > LONGEST:
+        return {"error": f"the answer has {len(answer)} characters; more than {LONGEST} are not judged"}
+    prediction = _parse(answer)
+    if prediction is None or _have_two_bases(reference, answer):
         return {"value": 0.0}
     # math-verify's own limit is an alarm; the limit here is the life of this process.
     return {"value": float(verify(gold, prediction, timeout_seconds=None, raise_on_error=True))}
 
 
-def _judge_or_explain(reference: str, answer: str | None) -> dict:
-    try:
-        return judge(reference, answer)
-    except Exception as error:  # noqa: BLE001 - SymPy may raise anything; a failed comparison is an error, not a zero
-        return {"error": f"math-verify failed: {type(error).__name__}: {str(error)[:200]}"}
-
-
-def _limit_memory() -> None:
-    if sys.platform != "linux":  # elsewhere the kernel refuses or ignores the limit
-        return
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if hard == resource.RLIM_INFINITY or hard > MEMORY_LIMIT_BYTES:
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, hard))
-
-
-def main() -> None:
-    limit_s = float(sys.argv[1])
-    _limit_memory()
-    # The default action, not a Python handler: it ends the process even in the middle of one long C call.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    with os.fdopen(os.dup(1), "w", encoding="ascii") as answers:
-        os.dup2(2, 1)  # whatever a library prints must not end up between the answers
-        judge("1", "1")  # builds the parser's tables now, not within the first question's time
-        print("{}", file=answers, flush=True)
-        for line in sys.stdin.buffer:
-            signal.setitimer(signal.ITIMER_REAL, limit_s)
-            verdict = _judge_or_explain(*json.loads(line))
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            print(json.dumps(verdict), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve(judge, library="math-verify", warm_up=("1", "1"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -15,7 +15,8 @@ from retrain.types import Batch, Group, Rollout
 if TYPE_CHECKING:
     from retrain.config import AlgorithmConfig
 
-Detector = Callable[[np.ndarray], np.ndarray]
+Detector = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
+"""Completions' token ids, int64 [T] each, to which tokens plan, bool [T] each (`retrain.planning`)."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,20 @@ def credit(
     lengths = [[len(completion) for completion in group.completions] for group in groups]
     advantages = group_advantages(rewards, lengths, mode=section.advantage_mode)
     trained = [p for p in range(len(groups)) if not (section.skip_uniform_groups and is_uniform(rewards[p]))]
-    members, rollouts = [], []
-    for place, p in enumerate(trained):
-        for g, completion in enumerate(groups[p].completions):
-            advantage = advantages[p][g]
-            if advantage is None:
-                continue
-            members.append((p, g))
-            rollouts.append(
-                Rollout(place, completion.tokens_T, completion.logprobs_T, advantage, detect(completion.tokens_T))
-            )
+    place_of = {p: place for place, p in enumerate(trained)}
+    members = [(p, g) for p in trained for g, advantage in enumerate(advantages[p]) if advantage is not None]
+    completions = [groups[p].completions[g] for p, g in members]
+    planning = detect([completion.tokens_T for completion in completions])
+    rollouts = tuple(
+        Rollout(
+            place_of[p],
+            completion.tokens_T,
+            completion.logprobs_T,
+            cast(float, advantages[p][g]),
+            planning_T,
+            completion.sampled_T,
+        )
+        for (p, g), completion, planning_T in zip(members, completions, planning, strict=True)
+    )
     prompts = tuple(groups[p].prompt_tokens for p in trained)
-    return Credited(advantages, Batch(prompts, tuple(rollouts), sepa_lambda), members)
+    return Credited(advantages, Batch(prompts, rollouts, sepa_lambda), members)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from retrain.inference import Engine
-from retrain.reward import Scorer
 from retrain.streams import stream_key
 from retrain.training.metrics import CORRECT
-from retrain.types import Completion, Example
+from retrain.training.rollouts import Rollouts
+from retrain.training.stopwatch import Stopwatch
 
 Z95 = 1.959963984540054
 
@@ -61,48 +60,33 @@ def rate_interval(values: Sequence[float]) -> Estimate:
 
 
 def evaluate(
-    engine: Engine,
-    scorer: Scorer,
-    examples: Sequence[Example],
-    prompt_tokens: Sequence[np.ndarray],
+    rollouts: Rollouts,
+    places: Sequence[int],
     *,
     samples: int,
     temperature: float,
-    max_tokens: int,
     seed: int,
     prompts_at_once: int,
 ) -> Evaluation:
-    """Sample `samples` completions of each of one or more examples and score them.
+    """`samples` judged completions of each of one or more examples, those at `places`.
 
     pass@k for the powers of two up to `samples` and for `samples` itself. The same seed asks with the same noise every
     time, example by example.
     """
     counts: list[tuple[int, int]] = []
     errors = tokens = 0
-    for start in range(0, len(examples), prompts_at_once):
-        part = slice(start, start + prompts_at_once)
-        keys = [[stream_key(seed, "eval", example.id, g) for g in range(samples)] for example in examples[part]]
-        groups = engine.generate(
-            prompt_tokens[part], np.array(keys, dtype=np.uint64), max_tokens=max_tokens, temperature=temperature
-        )
-        for values in _judge(scorer, examples[part], groups):
+    for start in range(0, len(places), prompts_at_once):
+        part = places[start : start + prompts_at_once]
+        ids = [rollouts.examples[place].id for place in part]
+        keys = np.array([[stream_key(seed, "eval", key, g) for g in range(samples)] for key in ids], dtype=np.uint64)
+        for outcomes in rollouts.groups(part, keys, temperature=temperature, watch=Stopwatch()):
+            values = [outcome.score.value for outcome in outcomes if outcome.score.value is not None]
             errors += samples - len(values)
             counts.append((len(values), sum(value > CORRECT for value in values)))
-        tokens += sum(len(completion) for completions in groups for completion in completions)
+            tokens += sum(len(outcome.completion) for outcome in outcomes)
     pass_at = {}
     for k in sorted({2**i for i in range(samples.bit_length())} | {samples}):
         rates = [pass_at_k(n, c, k) for n, c in counts if n >= k]
         if rates:
             pass_at[k] = rate_interval(rates)
-    return Evaluation(len(examples), samples, errors, tokens / (len(examples) * samples), pass_at)
-
-
-def _judge(
-    scorer: Scorer, examples: Sequence[Example], groups: Sequence[Sequence[Completion]]
-) -> Iterator[list[float]]:
-    """The rewards of each example's completions, without those that could not be computed."""
-    pairs = [(c.text, example.reference) for example, group in zip(examples, groups, strict=True) for c in group]
-    verdicts = iter(scorer.score([text for text, _ in pairs], [reference for _, reference in pairs]))
-    for group in groups:
-        scores = [next(verdicts) for _ in group]
-        yield [score.value for score in scores if score.value is not None]
+    return Evaluation(len(places), samples, errors, tokens / (len(places) * samples), pass_at)

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from retrain import data, reward
 from retrain.backend import open_backend
-from retrain.inference import Engine, Serving, open_engine
 from retrain.training.evaluate import Evaluation, evaluate
-from retrain.training.prompts import encode_prompts
-from retrain.types import ConfigError, Example
+from retrain.training.rollouts import Rollouts
+from retrain.training.source import load_dataset, open_source
 
 if TYPE_CHECKING:
     from retrain.config import Config
-
-NOTHING_HELD_OUT = "no example is held out to evaluate on: set data.eval_fraction (such as 0.1), or a larger one"
 
 
 def evaluate_adapter(config: Config, adapter: Path | None, *, say: Callable[[str], None]) -> Evaluation:
@@ -28,29 +23,15 @@ def evaluate_adapter(config: Config, adapter: Path | None, *, say: Callable[[str
     Raises ConfigError where nothing is held out, RetrainError where the adapter is not for this model.
     """
     seed = max(config.training.seed, 0)
-    dataset = data.load(config.data)
-    if not dataset.eval:
-        raise ConfigError(NOTHING_HELD_OUT)
+    dataset = load_dataset(config, evaluates=True, say=say)
     backend = open_backend(_shaped_like(config, adapter), seed=seed, say=say)
     if adapter:
         backend.load_adapter(adapter)
-    examples, prompt_tokens = encode_prompts(
-        dataset.eval,
-        backend.tokenizer,
-        context=backend.context,
-        max_tokens=config.training.max_tokens,
-        max_prompt_tokens=config.training.max_prompt_tokens,
-        say=say,
-    )
-    engine = open_engine(config.inference, backend, Serving.of(config, say))
-    scorer = reward.open_scorer(config.reward.type)
-    try:
+    with ExitStack() as opened:
+        source = open_source(config, dataset, backend, evaluates=True, say=say, opened=opened)
         if adapter:
-            engine.publish(0)
-        return evaluate_held_out(config, engine, scorer, examples, prompt_tokens, seed=seed)
-    finally:
-        scorer.close()
-        engine.close()
+            source.engine.publish(0)
+        return evaluate_held_out(config, source.held_out, seed=seed)
 
 
 def _shaped_like(config: Config, adapter: Path | None) -> Config:
@@ -72,25 +53,15 @@ def _shaped_like(config: Config, adapter: Path | None) -> Config:
     )
 
 
-def evaluate_held_out(
-    config: Config,
-    engine: Engine,
-    scorer: reward.Scorer,
-    examples: Sequence[Example],
-    prompt_tokens: Sequence[np.ndarray],
-    *,
-    seed: int,
-) -> Evaluation:
+def evaluate_held_out(config: Config, rollouts: Rollouts, *, seed: int) -> Evaluation:
     """`[eval]` on at most `eval.examples` held-out examples, chosen by content: always the same ones."""
+    examples = rollouts.examples
     order = sorted(range(len(examples)), key=lambda i: examples[i].id)[: config.eval.examples]
     return evaluate(
-        engine,
-        scorer,
-        [examples[i] for i in order],
-        [prompt_tokens[i] for i in order],
+        rollouts,
+        order,
         samples=config.eval.samples,
         temperature=config.eval.temperature,
-        max_tokens=config.training.max_tokens,
         seed=seed,
         prompts_at_once=max(1, config.training.batch_size * config.training.group_size // config.eval.samples),
     )

@@ -116,6 +116,7 @@ def _record(
         policy_version=state.policy_version,
         batch_size=len(got.sampled),
         group_size=config.training.group_size,
+        **got.figures,
         eval_correct_rate=evaluation.pass_at[1].value if evaluation and evaluation.pass_at else None,
         **{f"{stage}_time_s": watch.stages.get(stage, 0.0) for stage in STAGES},
         step_time_s=step_time,

@@ -29,15 +29,19 @@ FROM_LEARNER = (
     "ref_kl",
 )
 BACKPRESSURE = ("bp_action", "bp_regime", "bp_p_star", "bp_sigma", "bp_kappa", "bp_throughput")
+JUDGE = tuple(f"judge_{figure}" for figure in ("requests", "cached", "prompt_tokens", "completion_tokens", "latency_s"))
 # Of a step, timed: `<stage>_time_s`.
 STAGES = ("sample", "reward", "train", "sync")
 # What may differ between two runs that are otherwise equal bit for bit.
-MEASURED = (*(f"{stage}_time_s" for stage in STAGES), "step_time_s", "tokens_per_s", "peak_memory_bytes")
+MEASURED = (*(f"{stage}_time_s" for stage in STAGES), "step_time_s", "tokens_per_s", "peak_memory_bytes", *JUDGE)
 
 
 @dataclass(frozen=True)
 class RewardSummary:
-    """What the rewards of a step say. Rates are over the completions whose reward could be computed, None if none."""
+    """What the rewards of a step say. Rates are over the completions whose reward could be computed, None if none.
+
+    parts: mean of each of `[[reward.parts]]`, over the completions that it could judge.
+    """
 
     mean_reward: float | None
     correct_rate: float | None
@@ -46,6 +50,7 @@ class RewardSummary:
     groups_all_wrong: int
     completion_tokens: int
     max_token_hit_rate: float
+    parts: dict[str, float | None]
 
 
 def summarize(groups: Sequence[Group]) -> RewardSummary:
@@ -61,7 +66,15 @@ def summarize(groups: Sequence[Group]) -> RewardSummary:
         groups_all_wrong=sum(bool(v) and not any(v) for v in verdicts),
         completion_tokens=sum(map(len, completions)),
         max_token_hit_rate=sum(c.finish_reason == "length" for c in completions) / len(completions),
+        parts=_means_of_parts(groups),
     )
+
+
+def _means_of_parts(groups: Sequence[Group]) -> dict[str, float | None]:
+    values: dict[str, list[float]] = {}
+    for name, value in (pair for group in groups for parts in group.parts_G for pair in parts):
+        values.setdefault(name, []).extend([] if value is None else [value])
+    return {name: sum(known) / len(known) if known else None for name, known in values.items()}
 
 
 def step_metrics(
@@ -84,12 +97,13 @@ def step_metrics(
         "mean_reward": summary.mean_reward,
         "correct_rate": summary.correct_rate,
         "running_correct_rate": sum(recent_correct) / len(recent_correct) if recent_correct else None,
+        **{f"reward_{name}": mean for name, mean in summary.parts.items()},
         "reward_errors": summary.reward_errors,
         "groups_all_correct": summary.groups_all_correct,
         "groups_all_wrong": summary.groups_all_wrong,
         "completion_tokens": summary.completion_tokens,
         "max_token_hit_rate": summary.max_token_hit_rate,
-        **dict.fromkeys(BACKPRESSURE),
+        **dict.fromkeys((*BACKPRESSURE, *JUDGE)),
         **facts,
     }
 
@@ -114,6 +128,7 @@ def generation_rows(
                     "reference": group.example.reference,
                     "reward": group.rewards_G[g],
                     "error": group.errors_G[g],
+                    **({"reward_parts": dict(group.parts_G[g])} if any(group.parts_G) else {}),
                     "advantage": advantages_PG[p][g],
                     "num_tokens": len(completion),
                     "finish_reason": completion.finish_reason,

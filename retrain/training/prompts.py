@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from retrain.types import ConfigError, Example
+
+T = TypeVar("T")
 
 
 def encode_prompts(
@@ -32,35 +34,54 @@ def encode_prompts(
     else:
         texts = [example.prompt for example in examples]
     encoded = tokenizer(texts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-    kept = [
-        (example, np.array(ids, dtype=np.int64))
-        for example, ids in zip(examples, encoded, strict=True)
-        if not max_prompt_tokens or len(ids) <= max_prompt_tokens
-    ]
-    left_out = len(examples) - len(kept)
+    pairs = [(example, np.array(ids, dtype=np.int64)) for example, ids in zip(examples, encoded, strict=True)]
+    limits = {"context": context, "max_tokens": max_tokens, "max_prompt_tokens": max_prompt_tokens}
+    kept = admit(pairs, lambda pair: pair[1], lambda pair: pair[0].prompt, **limits, say=say)
+    return [example for example, _ in kept], [ids for _, ids in kept]
+
+
+def admit(
+    asked: Sequence[T],
+    tokens: Callable[[T], np.ndarray],
+    text: Callable[[T], str],
+    *,
+    context: int,
+    max_tokens: int,
+    max_prompt_tokens: int,
+    say: Callable[[str], None],
+) -> list[T]:
+    """Those of `asked` whose prompt, `tokens(one)`, `max_prompt_tokens` admits; `text(one)` is for messages.
+
+    Raises ConfigError when a prompt and `max_tokens` do not fit the model's context, or when none is left.
+    """
+    if not asked:
+        return []
+    kept = [one for one in asked if not max_prompt_tokens or len(tokens(one)) <= max_prompt_tokens]
     if not kept:
-        shortest = min(map(len, encoded))
+        shortest = min(len(tokens(one)) for one in asked)
         raise ConfigError(
             f"every prompt is longer than training.max_prompt_tokens = {max_prompt_tokens}: raise it, the shortest has "
             f"{shortest} tokens"
         )
-    if left_out:
-        say(f"{left_out} of {len(examples)} examples are left out: longer than training.max_prompt_tokens")
-    _check_lengths(kept, context, max_tokens)
-    return [example for example, _ in kept], [ids for _, ids in kept]
+    if len(kept) < len(asked):
+        left_out = len(asked) - len(kept)
+        say(f"{left_out} of {len(asked)} examples are left out: longer than training.max_prompt_tokens")
+    _check_lengths([(text(one), len(tokens(one))) for one in kept], context, max_tokens)
+    return kept
 
 
-def _check_lengths(kept: Sequence[tuple[Example, np.ndarray]], context: int, max_tokens: int) -> None:
-    shortest, longest = (pick(kept, key=lambda item: len(item[1])) for pick in (min, max))
-    if len(shortest[1]) == 0:
-        raise ConfigError(f"the prompt {shortest[0].prompt[:60]!r} has no tokens; the model needs at least one")
+def _check_lengths(kept: Sequence[tuple[str, int]], context: int, max_tokens: int) -> None:
+    """kept: text and number of tokens of each prompt."""
+    (empty, shortest), (beginning, longest) = (pick(kept, key=lambda prompt: prompt[1]) for pick in (min, max))
+    if shortest == 0:
+        raise ConfigError(f"the prompt {empty[:60]!r} has no tokens; the model needs at least one")
     room = context - max_tokens
-    if len(longest[1]) <= room:
+    if longest <= room:
         return
     remedy = "lower training.max_tokens"
-    if room >= len(shortest[1]):
+    if room >= shortest:
         remedy += f", or leave such prompts out with training.max_prompt_tokens = {room}"
     raise ConfigError(
-        f"a prompt of {len(longest[1])} tokens (the longest) and training.max_tokens = {max_tokens} do not fit the "
-        f"model's context of {context}: {remedy}. It begins {longest[0].prompt[:60]!r}"
+        f"a prompt of {longest} tokens (the longest) and training.max_tokens = {max_tokens} do not fit the model's "
+        f"context of {context}: {remedy}. It begins {beginning[:60]!r}"
     )

@@ -12,24 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from retrain import data, planning, reward
+from retrain import planning
 from retrain.algorithm.sepa import SepaController
 from retrain.backend import open_backend
 from retrain.config import check_available, dump_toml, without_effect
-from retrain.inference import ServerLost, Serving, open_engine
+from retrain.inference import ServerLost
 from retrain.training import checkpoint, durable
 from retrain.training.checkpoint import Checkpoint, TrainerState
-from retrain.training.collect import Collector
+from retrain.training.collect import Collector, RewardsFailed
 from retrain.training.evaluate import Evaluation
 from retrain.training.folder import CONFIG, FINAL, METRICS, RunFolder, copy_records
-from retrain.training.heldout import NOTHING_HELD_OUT, evaluate_held_out
+from retrain.training.heldout import evaluate_held_out
 from retrain.training.interrupt import Interrupted, Interrupts
 from retrain.training.loop import Observer, Run, run_steps, save
 from retrain.training.metadata import Metadata
-from retrain.training.prompts import encode_prompts
 from retrain.training.records import last_row
+from retrain.training.source import load_dataset, open_source
 from retrain.training.start import changed_keys, find_start, is_finished, resume_hint, same_folder
-from retrain.types import ConfigError, RetrainError
+from retrain.types import RetrainError
 
 if TYPE_CHECKING:
     from retrain.config import Config
@@ -99,32 +99,27 @@ def open_run(
     if config.training.group_size == 1:
         observer.say("training.group_size = 1: a group of one has nothing to compare with, every advantage is 0")
     state = start.state if start else TrainerState(seed=_seed(config))
-    dataset = data.load(config.data, max_examples=config.training.max_examples)
-    if config.eval.every and not dataset.eval:
-        raise ConfigError(f"eval.every = {config.eval.every}: {NOTHING_HELD_OUT}")
+    evaluates = config.eval.every > 0
+    dataset = load_dataset(config, evaluates=evaluates, say=observer.say)
     backend = open_backend(config, seed=state.seed, say=observer.say)
-    limits = {
-        "context": backend.context,
-        "max_tokens": config.training.max_tokens,
-        "max_prompt_tokens": config.training.max_prompt_tokens,
-    }
-    examples, prompt_tokens = encode_prompts(dataset.train, backend.tokenizer, **limits, say=observer.say)
-    engine = open_engine(config.inference, backend, Serving.of(config, observer.say))
-    opened.callback(engine.close)
-    scorer = reward.open_scorer(config.reward.type)
-    opened.callback(scorer.close)
-    held_out = dataset.eval if config.eval.every else ()
-    eval_examples, eval_tokens = encode_prompts(held_out, backend.tokenizer, **limits, say=observer.say)
+    source = open_source(config, dataset, backend, evaluates=evaluates, say=observer.say, opened=opened)
 
     def evaluate_now() -> Evaluation:
-        engine.publish(state.policy_version)
-        return evaluate_held_out(config, engine, scorer, eval_examples, eval_tokens, seed=state.seed)
+        source.engine.publish(state.policy_version)
+        return evaluate_held_out(config, source.held_out, seed=state.seed)
 
     if start:
         backend.load(start.folder)
     # A server shows here whether it takes the adapter.
-    engine.publish(state.policy_version)
-    detect = planning.open_detector(config.planning.detector, backend.tokenizer, grams=config.logging.strategic_grams)
+    source.engine.publish(state.policy_version)
+    detect = planning.open_detector(
+        config.planning.detector,
+        backend.tokenizer,
+        grams=config.logging.strategic_grams,
+        model=config.planning.model,
+        threshold=config.planning.threshold,
+        device=backend.describe()["device"],
+    )
     section = {key: getattr(config.sepa, key) for key in type(config.sepa).model_fields}
     folder = RunFolder(log_dir)
     opened.callback(folder.close)
@@ -133,9 +128,14 @@ def open_run(
         state=state,
         folder=folder,
         backend=backend,
-        engine=engine,
+        engine=source.engine,
         collector=Collector(
-            examples, prompt_tokens, engine, scorer, state.seed, config.training, config.algorithm, config.data
+            source.train,
+            state.seed,
+            config.training,
+            config.algorithm,
+            config.data,
+            config.reward.max_error_rate,
         ),
         detect=detect,
         sepa=SepaController.from_state(state.sepa, **section) if state.sepa else SepaController(**section),
@@ -178,7 +178,7 @@ def _describe(run: Run, resumed: dict[str, Any] | None) -> Metadata:
         **run.backend.describe(),
         "base_sha256": run.backend.base_digest(),
         "uncertainty": run.backend.uncertainty,
-        "examples": len(run.collector.examples),
+        "examples": len(run.collector.rollouts.examples),
     }
     return Metadata(log_dir, facts, from_step=run.state.step, resumed=resumed)
 
@@ -192,10 +192,11 @@ def _finish(run: Run, metadata: Metadata) -> TrainResult:
         if run.backend.base_digest() != metadata.content["base_sha256"]:
             raise RetrainError("the base model's weights changed during the run: its results are void")
         status = "finished"
-    except ServerLost as error:
-        # Servers are asked at the beginning of a step only: the state is that of the last one.
+    except (ServerLost, RewardsFailed) as error:
+        # Completions are sampled and judged at the beginning of a step only: the state is that of the last one.
         save(run)
-        raise ServerLost(f"{error}\nCheckpoint of step {run.state.step} written. {resume_hint(log_dir)}") from error
+        written = f"Checkpoint of step {run.state.step} written. {resume_hint(log_dir)}"
+        raise type(error)(f"{error}\n{written}") from error
     except Interrupted:
         save(run)
         status = "interrupted"

@@ -30,6 +30,11 @@ CHANGEABLE = {
     "inference.url",
     "inference.request_timeout_s",
     "inference.retries",
+    "reward.judge_url",
+    "reward.judge_concurrency",
+    "reward.judge_timeout_s",
+    "reward.judge_retries",
+    "reward.max_error_rate",
 }
 CHANGEABLE_SECTIONS = {"logging", "eval"}
 NOT_CHANGEABLE = {"logging.strategic_grams"}  # decides which tokens plan

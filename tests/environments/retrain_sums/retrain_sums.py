@@ -1,0 +1,27 @@
+"""A single-turn environment: two-digit sums, right where the boxed number is."""
+
+import re
+
+import verifiers as vf
+from datasets import Dataset
+
+BOX = re.compile(r"\\boxed\{(\d+)\}")
+
+
+def rows(first, count):
+    pairs = [(10 + n * 7 % 90, 10 + n * 13 % 90) for n in range(first, first + count)]
+    return Dataset.from_list([{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in pairs])
+
+
+def right(completion, answer):
+    boxes = BOX.findall(completion[-1]["content"])
+    return float(bool(boxes) and boxes[-1] == answer)
+
+
+def load_environment(examples=200, held_out=20, split="both"):
+    """split: "eval" for an environment without a training set."""
+    return vf.SingleTurnEnv(
+        dataset=rows(0, examples) if split == "both" else None,
+        eval_dataset=rows(examples, held_out),
+        rubric=vf.Rubric(funcs=[right]),
+    )
