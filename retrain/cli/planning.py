@@ -146,7 +146,7 @@ def _print(facts: dict[str, Any], text: str) -> None:
 
 
 def _parts(facts: dict[str, Any]) -> Iterator[tuple[str, bool]]:
-    """The text in order, cut where planning begins and ends. A character of several tokens plans if one of them does."""
+    """The text in order, cut where planning begins and ends. A character of several tokens plans if one does."""
     plans = np.zeros(len(facts["text"]), dtype=bool)
     for token in facts["tokens"]:
         plans[token["start"] : token["end"]] |= token["planning"]

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
 from retrain.config.fields import source_kind
+from retrain.config.rewards import RewardKeys, RewardPart
 from retrain.config.schema import Config, changed
-from retrain.config.sections import RewardKeys, RewardPart
 from retrain.config.show import show_key
 
 

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from retrain.config import sections as s
 from retrain.config.fields import NameOrPlugin
+from retrain.config.rewards import RewardPart
 
 JSON_SCHEMA_DIALECT = "http://json-schema.org/draft-07/schema#"
 
@@ -123,7 +124,7 @@ KEYS: dict[str, Key] = {path: key for name, model in SECTIONS.items() for path, 
 
 
 # Arrays of tables, and what a table in them is.
-ARRAYS: dict[str, type[s.Section]] = {"campaign.conditions": s.ConditionConfig, "reward.parts": s.RewardPart}
+ARRAYS: dict[str, type[s.Section]] = {"campaign.conditions": s.ConditionConfig, "reward.parts": RewardPart}
 
 
 def key_at(location: Sequence[str | int]) -> Key:

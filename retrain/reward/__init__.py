@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from retrain.types import ConfigError, Score
 
 if TYPE_CHECKING:
-    from retrain.config.sections import RewardConfig, RewardKeys
+    from retrain.config.rewards import RewardConfig, RewardKeys
 
 __all__ = ["Scorer", "open_rewards", "open_scorer", "score"]
 

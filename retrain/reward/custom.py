@@ -25,7 +25,7 @@ from retrain.plugin import load_callable
 from retrain.types import RetrainError, Score
 
 if TYPE_CHECKING:
-    from retrain.config.sections import RewardKeys
+    from retrain.config.rewards import RewardKeys
 
 THREADS = 8  # calls of a sync function at a time: more only take the time of each other
 TASKS = 64  # calls of an async function at a time

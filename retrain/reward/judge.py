@@ -18,7 +18,7 @@ from retrain.types import ConfigError, RetrainError, Score
 if TYPE_CHECKING:
     import httpx2
 
-    from retrain.config.sections import RewardKeys
+    from retrain.config.rewards import RewardKeys
 
 OPENAI = "https://api.openai.com/v1"
 KEY_VARIABLE, URL_VARIABLE = "OPENAI_API_KEY", "OPENAI_BASE_URL"
