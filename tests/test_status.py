@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -208,10 +209,12 @@ def test_it_is_quick_and_needs_no_torch(tmp_path):
         "import sys; from retrain.cli import main; status = main(sys.argv[1:]); "
         "assert not {'torch', 'transformers'} & set(sys.modules); sys.exit(status)"
     )
-    began = time.perf_counter()
+    began = os.times()
     done = subprocess.run(
         [sys.executable, "-c", code, "status", str(tmp_path)], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert str(tmp_path / "run") in done.stdout, "not folded: this is a pipe"
-    assert time.perf_counter() - began < 2
+    # Of the processor: the clock on the wall runs on when the machine is busy.
+    spent = os.times()
+    assert spent.children_user + spent.children_system - began.children_user - began.children_system < 2
