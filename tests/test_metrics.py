@@ -155,7 +155,8 @@ def recorded(tmp_path):
     observer = Silent()
     run = Run(
         config=config, state=TrainerState(seed=1), folder=RunFolder(tmp_path), backend=FakeBackend(),
-        engine=FakeEngine(), collector=FakeCollector(), detect=lambda completions: [np.zeros(len(t), bool) for t in completions],
+        engine=FakeEngine(), collector=FakeCollector(),
+        detect=lambda completions: [np.zeros(len(tokens), dtype=bool) for tokens in completions],
         sepa=sepa, interrupts=Interrupts(), observer=observer, evaluate=lambda: None,
     )  # fmt: skip
     run_steps(run)
