@@ -229,7 +229,7 @@ def environments(monkeypatch):
     for folder in ENVIRONMENTS.iterdir():
         monkeypatch.syspath_prepend(folder)
     yield
-    for name in ("retrain_sums", "retrain_tool_sums"):
+    for name in ("retrain_sums", "retrain_tool_sums", "retrain_tool_calls"):
         sys.modules.pop(name, None)
 
 
@@ -319,6 +319,50 @@ def test_several_turns_are_one_completion_with_the_environments_tokens_marked(op
     context = script.asked[1][0].context_T.tolist()
     assert context == [*environment.train[0].prompt_T.tolist(), *first, *middle]
     assert script.asked[1][0].max_tokens == 60 - len(first)
+
+
+class Lengths(Script):
+    """Says something of another length in each episode."""
+
+    def __call__(self, turns):
+        return [Script(self.tokenizer, self.lines[turn.stream % len(self.lines)])([turn])[0] for turn in turns]
+
+
+def test_a_rubric_that_compares_sees_the_group(opened, tiny):
+    environment = opened("retrain_sums", compares=True)
+    group = [[Start(environment.train[0], stream) for stream in range(8)]]
+    ((*outcomes,),) = environment.play(group, Lengths(tiny, "a", "abc", "abcdef"), max_tokens=40)
+    texts = [outcome.completion.text for outcome in outcomes]
+    assert len(set(texts)) > 1
+    shortest = min(map(len, texts))
+    assert [outcome.score.value for outcome in outcomes] == [float(len(text) == shortest) for text in texts]
+    ((*outcomes,),) = environment.play(group, Script(tiny, ""), max_tokens=40)
+    assert all("ValueError: nothing was said" in outcome.score.error for outcome in outcomes)
+
+
+TOOLS = "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }}<|im_end|>\n{% endif %}"
+
+
+def test_tools_are_offered_called_and_answered(opened, chatml):
+    """verifiers' own ToolEnv: definitions through the template, calls out of the text, results as turns of a tool."""
+    tokenizer, _ = chatml
+    tokenizer.chat_template = TOOLS + CHATML
+    tokenizer.eos_token = "<|im_end|>"
+    environment = opened("retrain_tool_calls", tokenizer=tokenizer, context=2000)
+    prompt = tokenizer.decode(environment.train[0].prompt_T)
+    assert prompt.startswith("<|im_start|>system\nTools: [{")
+    assert '"name": "add"' in prompt
+    call = '<tool_call>{"name": "add", "arguments": {"a": 10, "b": 5}}</tool_call>'
+    wrong = '<tool_call>{"name": "multiply", "arguments": {}}</tool_call>'
+    script = Script(tokenizer, call, wrong, "It is 15.")
+    ((outcome, _),) = environment.play(starts(environment), script, max_tokens=400)
+    assert outcome.score.value == 1
+    text = tokenizer.decode(outcome.completion.tokens_T)
+    assert text.startswith(call + "<|im_end|>\n<|im_start|>tool\n15<|im_end|>\n<|im_start|>assistant\n" + wrong)
+    assert "<|im_start|>tool\n'multiply'<|im_end|>" in text
+    assert text.endswith("It is 15.<|im_end|>")
+    sampled = outcome.completion.tokens_T[outcome.completion.sampled_T]
+    assert tokenizer.decode(sampled) == "".join(f"{line}<|im_end|>" for line in script.lines)
 
 
 def test_an_episode_ends_where_no_room_is_left(opened, tiny):

@@ -42,7 +42,7 @@ class VerifiersEnvironment:
     def __init__(self, section: EnvironmentConfig, chat: Chat, *, context: int) -> None:
         self.chat, self.context = chat, context
         self.name = f'environment.id = "{section.id}"'
-        with _own_signals():
+        with _own_signals(), _no_progress_bars():
             self.env = _load(section)
             self._tools = [as_dict(tool) for tool in self.env.tool_defs or ()]
             self.train: Sequence[Problem] = self._problems(self._train_rows())
@@ -228,6 +228,20 @@ def _watched(function: Callable[..., Any]) -> Callable[..., Any]:
             raise
 
     return watched
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Environments map over their rows; what that takes is of no interest."""
+    datasets = importlib.import_module("datasets") if importlib.util.find_spec("datasets") else None
+    if datasets is None or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
 
 
 @contextmanager

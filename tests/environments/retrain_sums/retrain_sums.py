@@ -18,10 +18,18 @@ def right(completion, answer):
     return float(bool(boxes) and boxes[-1] == answer)
 
 
-def load_environment(examples=200, held_out=20, split="both"):
-    """split: "eval" for an environment without a training set."""
+def shortest(completions) -> list[float]:
+    """Of a group, the shortest answer is the best one."""
+    lengths = [len(completion[-1]["content"]) for completion in completions]
+    if not min(lengths):
+        raise ValueError("nothing was said")
+    return [float(length == min(lengths)) for length in lengths]
+
+
+def load_environment(examples=200, held_out=20, split="both", compares=False):
+    """split: "eval" for an environment without a training set. compares: the reward is of a group as a whole."""
     return vf.SingleTurnEnv(
         dataset=rows(0, examples) if split == "both" else None,
         eval_dataset=rows(examples, held_out),
-        rubric=vf.Rubric(funcs=[right]),
+        rubric=vf.Rubric(funcs=[shortest if compares else right]),
     )
