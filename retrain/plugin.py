@@ -1,9 +1,10 @@
-"""Plug-ins: functions of the user's own, named by a dotted path in the config. Torch-free."""
+"""Plug-ins: functions of the user's own, named by a dotted path in the config; what is imported where. Torch-free."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,6 +39,13 @@ def load_callable(path: str, *, what: str, parameters: Sequence[str]) -> Callabl
         raise ConfigError(f"{place}: {name!r} is {type(function).__name__}, not a function")
     _check_signature(function, place, parameters)
     return function
+
+
+def child_environment() -> dict[str, str]:
+    """Variables for a child process: it sees the modules that this one sees, and its sets have the same order in every
+    run."""
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # noqa: PTH109
+    return {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"}
 
 
 def _import_module(module_name: str, place: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from importlib.util import find_spec
 
 from retrain.config.fields import REASONING_GYM
 from retrain.config.suggest import did_you_mean
+from retrain.plugin import child_environment
 from retrain.types import ConfigError, Example
 
 PROBLEMS = 1000  # of each task, always the same ones
@@ -33,7 +33,7 @@ def load(source: str, *, say: Callable[[str], None], count: int = PROBLEMS) -> l
     # Some tasks iterate over sets: only a process with a fixed hash seed makes the same problems in every run.
     made = subprocess.run(
         [sys.executable, "-P", "-W", "ignore", "-m", WORKER, str(count), *tasks],
-        env={**os.environ, "PYTHONPATH": _path(), "PYTHONHASHSEED": "0"},
+        env=child_environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -48,8 +48,3 @@ def load(source: str, *, say: Callable[[str], None], count: int = PROBLEMS) -> l
         hint = did_you_mean(unknown, known) or f". It has {', '.join(known)}"
         raise ConfigError(f'data.source = "{source}": Reasoning Gym has no task "{unknown}"{hint}')
     return [Example(question + ANSWER_INSTRUCTION, entry) for question, entry in answer["problems"]]
-
-
-def _path() -> str:
-    """The child sees the modules that this process sees."""
-    return os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # noqa: PTH109

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from retrain.loops import start_loop
 from retrain.types import Completion
 
 POLL_S = 1.0
@@ -50,9 +51,7 @@ class Waves:
         self._begin()
 
     def _begin(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=_live, args=(self.loop,), name="retrain-episodes", daemon=True)
-        self._thread.start()
+        self.loop, self._thread = start_loop("retrain-episodes")
 
     def play(self, episodes: Sequence[Episode], sample: Sample) -> list[Any]:
         """What each episode returned, or an EpisodeFailed in its place.
@@ -113,20 +112,6 @@ class Waves:
             return "an unknown place"
         place = traceback.extract_stack(frame)[-1]
         return f"{place.filename}:{place.lineno} ({place.name})"
-
-
-def _live(loop: asyncio.AbstractEventLoop) -> None:
-    """Run the loop until it is stopped, and end what is left on it."""
-
-    async def end() -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    loop.run_forever()
-    loop.run_until_complete(end())
-    loop.close()
 
 
 class _Blocked(Exception):

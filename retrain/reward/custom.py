@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from retrain.loops import start_loop
 from retrain.plugin import load_callable
 from retrain.types import RetrainError, Score
 
@@ -180,9 +181,7 @@ class _Loop:
 
     def start(self, response: str, reference: str) -> Future[Any]:
         if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=_serve, args=(self._loop,), name="custom-reward", daemon=True)
-            self._thread.start()
+            self._loop, self._thread = start_loop("custom-reward")
         return asyncio.run_coroutine_threadsafe(self._call(response, reference), self._loop)
 
     async def _call(self, response: str, reference: str) -> Any:
@@ -209,16 +208,3 @@ class _Loop:
             with suppress(RuntimeError):  # it has closed
                 loop.call_soon_threadsafe(loop.stop)
             self._thread.join(LOOP_GRACE_S)
-
-
-def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    asyncio.set_event_loop(loop)
-    try:
-        loop.run_forever()
-    finally:
-        tasks = asyncio.all_tasks(loop)
-        for task in tasks:
-            task.cancel()
-        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.close()

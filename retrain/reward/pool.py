@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from retrain.plugin import child_environment
 from retrain.types import RetrainError, Score
 
 START_LIMIT_S = 120.0
@@ -91,12 +92,10 @@ class _Worker:
 
     def __init__(self, module: str, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        # The worker sees the modules that this process sees; a fixed hash seed makes SymPy's verdicts reproducible.
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # noqa: PTH109
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-W", "ignore", "-m", module, str(timeout_s + ORPHAN_GRACE_S)],
-                env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"},
+                env=child_environment(),  # with a fixed hash seed, SymPy's verdicts are reproducible
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
