@@ -27,10 +27,10 @@ from retrain.planning.offsets import TokenOffsets
 from retrain.planning.semantic import planning_scores
 from retrain.planning.windows import windows
 from retrain.training.folder import CONFIG, GENERATIONS
+from retrain.training.metrics import CORRECT
 from retrain.training.records import rows
 from retrain.types import ConfigError
 
-SUCCESS = 0.5
 SHOWN = 20
 LONGEST_NAME = 200
 MEMBERS_SHOWN = 3
@@ -163,10 +163,10 @@ def _mine(parsed: Parsed) -> int:
     top = _top(parsed.options["top"])
     config = _config(parsed, log_dir / CONFIG if (log_dir / CONFIG).is_file() else None)
     generations = list(rows(log_dir / GENERATIONS))
-    solved = [row["completion"] for row in generations if (row["reward"] or 0.0) > SUCCESS]
+    solved = [row["completion"] for row in generations if (row["reward"] or 0.0) > CORRECT]
     if not solved:
         raise ConfigError(
-            f"planning mine: none of the {len(generations)} completions in {log_dir} has a reward above {SUCCESS}"
+            f"planning mine: none of the {len(generations)} completions in {log_dir} has a reward above {CORRECT}"
         )
     from transformers.utils import logging
 

@@ -68,22 +68,14 @@ class Answers:
         return self.scorer.figures()
 
 
-@dataclass(frozen=True)
 class Episodes:
     """Rollouts that an environment plays and judges; the engine samples the model's turns."""
 
-    problems: Sequence[Problem]
-    environment: Environment
-    engine: Engine
-    max_tokens: int
-
-    @property
-    def examples(self) -> Sequence[Example]:
-        return [problem.example for problem in self.problems]
-
-    @property
-    def prompt_tokens(self) -> Sequence[np.ndarray]:
-        return [problem.prompt_T for problem in self.problems]
+    def __init__(self, problems: Sequence[Problem], environment: Environment, engine: Engine, max_tokens: int) -> None:
+        self.problems, self.environment, self.engine, self.max_tokens = problems, environment, engine, max_tokens
+        # Asked for once a prompt: made once, however many problems there are.
+        self.examples: Sequence[Example] = [problem.example for problem in problems]
+        self.prompt_tokens: Sequence[np.ndarray] = [problem.prompt_T for problem in problems]
 
     def groups(
         self, places: Sequence[int], streams_PG: np.ndarray, *, temperature: float, watch: Stopwatch
