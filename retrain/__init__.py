@@ -9,22 +9,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from retrain import planning, reward
+    from retrain import backpressure, planning, reward, squeeze
     from retrain.config import Config, load_config
-    from retrain.training.run import train
+    from retrain.tracking import train
     from retrain.types import ConfigError, RetrainError
 
 __version__ = "0.1.0"
 
-__all__ = ["Config", "ConfigError", "RetrainError", "__version__", "load_config", "planning", "reward", "train"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "RetrainError",
+    "__version__",
+    "backpressure",
+    "load_config",
+    "planning",
+    "reward",
+    "squeeze",
+    "train",
+]
 
-_MODULES = ("planning", "reward")
+_MODULES = ("backpressure", "planning", "reward", "squeeze")
 _HOMES = {
     "Config": "retrain.config",
     "ConfigError": "retrain.types",
     "RetrainError": "retrain.types",
     "load_config": "retrain.config",
-    "train": "retrain.training.run",
+    "train": "retrain.tracking",
 }
 
 

@@ -22,6 +22,8 @@ PROMPT_TOKENS = 256
 CPU_LOGITS_ELEMENTS = 2**19
 GPU_LOGITS_ELEMENTS = 2**26
 FP32 = 4
+# Parameters below which a model takes one CPU thread: see retrain.backend.devices.settle_threads.
+SMALL_MODEL = 10_000_000
 ITEM_BYTES = {"fp32": 4, "bf16": 2}
 
 
@@ -146,22 +148,30 @@ def prompt_tokens(config: Config) -> int:
 
 
 def tokens_per_step(config: Config) -> dict[str, int]:
-    """Completions of a step, and the most tokens that they and their prompts can have."""
-    training = config.training
-    completions = training.batch_size * training.group_size
+    """Completions of a step, and the most tokens that they and their prompts can have; of the largest step where the
+    batch size adapts."""
+    training, adaptive = config.training, config.backpressure
+    prompts = adaptive.max_batch_size if adaptive.enabled else training.batch_size
+    completions = prompts * training.group_size
     return {
-        "prompts": training.batch_size,
+        "prompts": prompts,
         "completions": completions,
-        "prompt_tokens": training.batch_size * prompt_tokens(config),
+        "prompt_tokens": prompts * prompt_tokens(config),
         "completion_tokens": completions * training.max_tokens,
     }
+
+
+def base_dtype(config: Config) -> str:
+    """Number format of the base model, a key of ITEM_BYTES."""
+    dtype = config.training.dtype
+    return dtype if dtype != "auto" else ("fp32" if config.backend.devices == "cpu" else "bf16")
 
 
 def sizes(config: Config, shape: ModelShape) -> list[Size]:
     """The largest tensors of a run in bytes, upper bounds where they depend on lengths."""
     training = config.training
     on_cpu = config.backend.devices == "cpu"
-    dtype = training.dtype if training.dtype != "auto" else ("fp32" if on_cpu else "bf16")
+    dtype = base_dtype(config)
     item = ITEM_BYTES[dtype]
     block = 2 * CPU_LOGITS_ELEMENTS * FP32 if on_cpu else GPU_LOGITS_ELEMENTS * item
     adapter = shape.lora_parameters(config.model.lora_rank, config.lora.target_modules)

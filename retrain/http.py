@@ -21,6 +21,9 @@ from typing import Any, TypeVar
 
 import httpx2
 
+from retrain.config.addresses import LOOPBACK_HOSTS
+from retrain.redact import redact
+
 T = TypeVar("T")
 
 CONNECT_SECONDS = 10.0
@@ -76,6 +79,8 @@ def open_client(key: str = "") -> httpx2.AsyncClient:
         limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
         timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
         verify=_certificates(),
+        # Never through a proxy of the environment, which would see the key: this machine is reached directly.
+        mounts={f"all://{host}": None for host in LOOPBACK_HOSTS},
     )
 
 
@@ -131,7 +136,7 @@ def _reason(text: str) -> str:
 
 
 def _excerpt(text: str) -> str:
-    text = " ".join(text.split())
+    text = redact(" ".join(text.split()))
     return text if len(text) <= LONGEST_EXCERPT else f"{text[:LONGEST_EXCERPT]}..."
 
 

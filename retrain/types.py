@@ -14,6 +14,9 @@ import numpy as np
 
 FinishReason = Literal["stop", "length"]
 
+# The file of a checkpoint that names what a service keeps for it.
+SERVICE_STATE = "service.json"
+
 
 class RetrainError(Exception):
     """A failure the user can act on: one message with the place and the remedy. Exit status 1."""
@@ -25,6 +28,13 @@ class ConfigError(RetrainError):
     """Wrong usage or configuration, found before anything was started or written. Exit status 2."""
 
     exit_status = 2
+
+
+class ServerLost(RetrainError):
+    """A server went away, or answers nothing usable, for longer than the config allows.
+
+    Raised while completions are sampled it leaves the run as it was after its last step, which may be saved.
+    """
 
 
 @dataclass(frozen=True)
@@ -153,7 +163,12 @@ class StepResult:
     """What the learner reports of one step; every number is finite.
 
     uncertainty: (mean, max) over the tokens of each rollout, in the batch's order.
+    credit: (advantages, uncertainty) of each rollout's tokens that are trained on, float32 each, in the same order.
+    skipped: what was not finite, where the step was taken back; culprits: positions of the rollouts where it showed.
     """
 
     metrics: dict[str, float | None] = field(default_factory=dict)
     uncertainty: tuple[tuple[float, float], ...] = ()
+    credit: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
+    skipped: str | None = None
+    culprits: tuple[int, ...] = ()

@@ -133,7 +133,7 @@ def collector():
 
 
 def collect(collector, first=0, version=0):
-    return collector.collect(5, first, version, Stopwatch())
+    return collector.collect(5, first, version, Stopwatch(), collector.training.batch_size)
 
 
 def test_a_step_samples_the_next_prompts_with_streams_of_their_own(collector):

@@ -365,22 +365,10 @@ def test_a_wrong_temperature_shows_in_the_gap_and_can_stop_the_run(open_local):
 # ---- what a step reports ------------------------------------------------------------------------------------------
 
 
-def test_a_gradient_that_is_not_finite_makes_no_update(open_local):
-    backend = open_local("gpt2")
-    batch = models.random_batch(2, PROMPTS, COMPLETIONS)
-    huge = tuple(dataclasses.replace(rollout, advantage=3e38) for rollout in batch.rollouts)
-    before = parameters(backend.learner)
-    with pytest.raises(RetrainError, match="gradient is not finite; no update was made"):
-        backend.step(dataclasses.replace(batch, rollouts=huge), 0)
-    assert torch.equal(parameters(backend.learner), before)
-
-
-def test_a_policy_that_diverged_is_a_clear_error(open_local):
+def test_a_policy_that_diverged_cannot_be_sampled(open_local):
     backend = open_local("gpt2")
     with torch.no_grad():
         backend.learner.parameters[0].fill_(math.nan)
-    with pytest.raises(RetrainError, match=r"log-probabilities are not finite.* lower training\.lr"):
-        backend.step(models.random_batch(2, PROMPTS, COMPLETIONS), 0)
     with pytest.raises(RetrainError, match=r"nothing can be sampled.* lower training\.lr"):
         sampled(backend, temperature=1.0)
 

@@ -126,7 +126,7 @@ class FakeEngine:
 class FakeCollector:
     """Step 0 gives no gradient and no verdict, step 1 teaches."""
 
-    def collect(self, step, first_prompt, version, watch):
+    def collect(self, step, first_prompt, version, watch, batch_size):
         with watch("sample"):
             groups = [group(None, None) if step == 0 else group(1.0, 0.0)]
         return Collected(groups, [], first_prompt + 1)
@@ -137,7 +137,9 @@ class Silent:
         self.seen = []
 
     def say(self, line):
-        raise AssertionError(line)
+        # Step 0 has no reward that could be computed, and that is to be said: once.
+        assert line.startswith("warning: not one of the 2 rewards of step 1 could be computed")
+        assert not self.seen[1:]
 
     def on_step(self, metrics, generations):
         self.seen.append((metrics, generations))
@@ -180,6 +182,8 @@ def test_a_step_without_a_gradient_has_nulls_and_not_zeros(recorded):
     assert (first["num_datums"], first["reward_errors"], first["policy_version"]) == (0, 2, 0)
     assert (second["num_datums"], second["reward_errors"], second["policy_version"]) == (2, 0, 1)
     assert (second["loss"], second["lr"], second["correct_rate"]) == (0.5, 1e-3, 0.5)
+    assert (first["warnings"], second["warnings"]) == (["reward_errors"], [])
+    assert (first["skipped"], first["skipped_steps"]) == (None, 0)
     assert first["running_correct_rate"] is None
     assert second["running_correct_rate"] == 0.5
     assert second["uncertainty"] == "entropy"

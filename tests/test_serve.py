@@ -65,8 +65,8 @@ def test_other_servers(printed):
         (["--engine", "openai", "--url", "http://127.0.0.1:1"], "no server to start"),
         (["--engine", "pytorch"], "no server to start"),
         (["--engine", "vllm"], "needs inference.url"),
-        (["--engine", "vllm", "--url", "http://a:1,http://b:2"], "names 2 servers"),
-        (["--engine", "vllm", "--url", "http://a:1", "--lora-rank", "1000"], "up to rank 512"),
+        (["--engine", "vllm", "--url", "http://127.0.0.1:1,http://127.0.0.1:2"], "names 2 servers"),
+        (["--engine", "vllm", "--url", "http://127.0.0.1:1", "--lora-rank", "1000"], "up to rank 512"),
         (["--engine", "vllm", "--url", "http://127.0.0.1:1", "--program", "no-such-vllm"], "no such program"),
     ],
 )

@@ -66,8 +66,12 @@ class Backend(Protocol):
         """What the run's metadata says of the model: parameter counts, device, dtype, digest of the base."""
         ...
 
-    def base_digest(self) -> str:
-        """SHA-256 over the base's tensors."""
+    def base_digest(self) -> str | None:
+        """SHA-256 over the base's tensors; None where they are not in this process."""
+        ...
+
+    def figures(self) -> dict[str, float | None]:
+        """What a service took since the last call, as `retrain.training.metrics.SERVICE` names it; {} without one."""
         ...
 
     def peak_memory_bytes(self) -> int: ...
@@ -75,6 +79,10 @@ class Backend(Protocol):
 
 def open_backend(config: Config, *, seed: int, say: Callable[[str], None]) -> Backend:
     """The backend of `[backend] backend`, with the model loaded and a fresh adapter drawn from `seed`."""
+    if config.backend.backend == "tinker":
+        from retrain.backend.tinker import TinkerBackend
+
+        return TinkerBackend(config, seed=seed, say=say)
     from retrain.backend.local import LocalBackend
 
     return LocalBackend(config, seed=seed, say=say)

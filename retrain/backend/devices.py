@@ -8,11 +8,18 @@ from collections.abc import Callable
 
 import torch
 
+from retrain.estimate import SMALL_MODEL
 from retrain.types import ConfigError
 from retrain_kernels import dispatch
 
-SMALL_MODEL = 10_000_000  # parameters
 _NAME = re.compile(r"(cpu|mps|(?:gpu|cuda)(?::(\d+))?)")
+# A GPU's allocator raises a type of its own; these come as plain RuntimeError.
+_NO_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "MPS backend out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "std::bad_alloc",
+)
 
 
 def resolve_device(name: str, say: Callable[[str], None]) -> torch.device:
@@ -62,6 +69,13 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that an allocation failed, on whatever device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

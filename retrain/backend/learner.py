@@ -3,9 +3,9 @@ credit from that same pass, policy loss, backward. It knows no algorithm by name
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,23 +16,22 @@ from retrain.algorithm.mismatch import mismatch_weights
 from retrain.algorithm.schedule import learning_rate
 from retrain.algorithm.transform import token_credit
 from retrain.algorithm.uncertainty import resolve, token_uncertainty
+from retrain.backend.figures import (
+    Pass,
+    combined,
+    credit_of_tokens,
+    logprob_gap,
+    token_statistics,
+    uncertainty_summary,
+)
 from retrain.backend.model import Policy
-from retrain.backend.packing import MicroBatch, pack
+from retrain.backend.packing import MicroBatch, loss_denominator, pack
+from retrain.backend.recovery import NotFinite, OutOfMemory, all_or_nothing, fitting, release_memory
 from retrain.types import Batch, RetrainError, Rollout, StepResult
 from retrain_kernels import linear_logprob, policy_loss
 
 if TYPE_CHECKING:
     from retrain.config import Config
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """Per-token records of one micro-batch, detached: what the step's statistics are made of."""
-
-    micro: MicroBatch
-    entropy_N: Tensor
-    uncertainty_N: Tensor
-    gap_N: Tensor
 
 
 class Learner:
@@ -56,8 +55,11 @@ class Learner:
     def step(self, batch: Batch, step: int) -> StepResult:
         """Update the adapter on `batch`; `step` counts from 0 and sets the learning rate.
 
-        Raises RetrainError when the log-prob gap exceeds `max_logprob_gap` or the gradient is not finite; the
-        adapter is then as it was before the update at fault.
+        A step in which a log-probability, the loss or the gradient is not finite is taken back whole, all updates of
+        it: `skipped` says what was not finite. Where memory runs out, the step is done again from its beginning with
+        half of the tokens that were together, and `training.micro_batch_tokens` stays at that.
+        Raises RetrainError when the log-prob gap exceeds `max_logprob_gap`, and where one sequence alone does not fit.
+        Whatever it raises, adapter and optimizer are as they were before.
         """
         rate = learning_rate(
             step,
@@ -68,10 +70,29 @@ class Learner:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        updates = self.loss.epochs * self.loss.minibatches
+        while True:
+            try:
+                with all_or_nothing(self.parameters, self.optimizer, updates=updates):
+                    _check_sampler(batch)
+                    result = self._attempt(batch)
+                break
+            except NotFinite as error:
+                result = StepResult(skipped=error.what, culprits=error.culprits)
+                break
+            except OutOfMemory as error:
+                self.training = self.training.model_copy(update={"micro_batch_tokens": self._fewer_tokens(error)})
+            # Not before the exception is gone: it holds the tensors of the attempt.
+            release_memory()
+        facts = {"lr": rate, "micro_batch_tokens": self.training.micro_batch_tokens}
+        return dataclasses.replace(result, metrics=facts | result.metrics)
+
+    def _attempt(self, batch: Batch) -> StepResult:
+        """The updates of a step. Raises NotFinite and OutOfMemory."""
         old = self._recomputed(batch)
         updates: list[dict[str, float]] = []
-        passes: list[_Pass] = []
-        sampled_from: list[_Pass] = []
+        passes: list[Pass] = []
+        sampled_from: list[Pass] = []
         for epoch in range(self.loss.epochs):
             for part in range(self.loss.minibatches):
                 members = range(part, len(batch.rollouts), self.loss.minibatches)
@@ -82,40 +103,67 @@ class Learner:
                 sampled_from = sampled_from or records
                 passes += records if epoch == 0 else []
                 updates.append(update)
-        metrics = {"lr": rate} | _combine(updates) | _gap(sampled_from) | _token_statistics(passes)
-        return StepResult(metrics, _uncertainty_summary(passes))
+        metrics = combined(updates) | logprob_gap(sampled_from) | token_statistics(passes)
+        return StepResult(metrics, uncertainty_summary(passes), credit_of_tokens(passes))
 
     def _update(
         self, batch: Batch, members: Sequence[int], old: dict[int, Tensor] | None, *, first: bool
-    ) -> tuple[dict[str, float], list[_Pass]]:
+    ) -> tuple[dict[str, float], list[Pass]]:
         """One optimizer update on the rollouts `members`, over as many micro-batches as the token budget asks for."""
-        rollouts = [batch.rollouts[i] for i in members]
-        denominator = self._denominator(rollouts)
-        self.policy.peft.train()
+        denominator = loss_denominator(
+            [batch.rollouts[i] for i in members],
+            aggregation=self.loss.aggregation,
+            max_tokens=self.training.max_tokens,
+        )
+        sums, records = self._gradient(batch, members, old, denominator)
+        if first:
+            self._check_gap(records)
+        norm = self._clip(self.training.max_grad_norm or math.inf)
+        update = {key: value.item() for key, value in sums.items()} | {"grad_norm": norm}
+        for what, value in (("loss", update["loss"]), ("gradient", norm)):
+            if not math.isfinite(value):
+                raise NotFinite(what, self._culprits(batch, members, old, denominator))
+        self.optimizer.step()
+        return update, records
+
+    def _gradient(
+        self, batch: Batch, members: Sequence[int], old: dict[int, Tensor] | None, denominator: float
+    ) -> tuple[dict[str, Tensor], list[Pass]]:
+        """Leave the gradient of the loss over `members` in the parameters; the loss and its sums, and the records."""
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         records = []
-        for micro in self._pack(batch, members):
-            loss, metrics, record = self._forward(micro, batch.sepa_lambda, denominator, old)
-            loss.backward()
-            records.append(record)
-            for key, value in ({"loss": loss.detach()} | metrics).items():
-                sums[key] = sums[key] + value if key in sums else value
-        self.policy.peft.eval()
-        if first:
-            self._check_gap(records)
-        limit = self.training.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit if limit > 0 else math.inf).item()
-        if not math.isfinite(norm):
-            raise RetrainError(
-                "the gradient is not finite; no update was made. Lower training.lr or loss.clip_high, or train in fp32"
-            )
-        self.optimizer.step()
-        return {key: value.item() for key, value in sums.items()} | {"grad_norm": norm}, records
+        self.policy.peft.train()
+        try:
+            for micro in self._pack(batch, members):
+                with fitting(tokens=micro.tokens_RS.numel(), sequences=len(micro.members)):
+                    loss, metrics, record = self._forward(micro, batch.sepa_lambda, denominator, old)
+                    loss.backward()
+                records.append(record)
+                for key, value in ({"loss": loss.detach()} | metrics).items():
+                    sums[key] = sums[key] + value if key in sums else value
+        finally:
+            self.policy.peft.eval()
+        return sums, records
+
+    def _culprits(
+        self, batch: Batch, members: Sequence[int], old: dict[int, Tensor] | None, denominator: float
+    ) -> list[int]:
+        """Those of `members` whose own loss or gradient is not finite; all of them where only the sum is not."""
+        found = []
+        for i in members:
+            sums, _ = self._gradient(batch, [i], old, denominator)
+            if not (math.isfinite(sums["loss"].item()) and math.isfinite(self._clip(math.inf))):
+                found.append(i)
+        return found or list(members)
+
+    def _clip(self, limit: float) -> float:
+        """Cut the gradient to the norm `limit`; the norm it had."""
+        return torch.nn.utils.clip_grad_norm_(self.parameters, limit).item()
 
     def _forward(
         self, micro: MicroBatch, sepa_lambda: float, denominator: float, old: dict[int, Tensor] | None
-    ) -> tuple[Tensor, dict[str, Tensor], _Pass]:
+    ) -> tuple[Tensor, dict[str, Tensor], Pass]:
         logprob_N, entropy_N = self._logprob(micro)
         uncertainty_N = token_uncertainty(self.uncertainty, logprob_N.detach(), entropy_N.detach())
         advantages_N = token_credit(
@@ -155,7 +203,7 @@ class Learner:
             weights=weights_N,
         )
         gap_N = (logprob_N.detach() - sampler_N).abs()
-        return loss, metrics, _Pass(micro, entropy_N.detach(), uncertainty_N, gap_N)
+        return loss, metrics, Pass(micro, entropy_N.detach(), uncertainty_N, advantages_N, gap_N)
 
     def _logprob(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies [N] at the sampling temperature, without a logit kept."""
@@ -171,11 +219,11 @@ class Learner:
             temperature=self.training.temperature,
             entropy_grad=self.loss.entropy_coef != 0,
         )
-        if not (logprob_N.isfinite() & entropy_N.isfinite()).all():
-            raise RetrainError(
-                "the model's log-probabilities are not finite: the adapter has diverged, or the number format is too "
-                "narrow. Go back to an earlier checkpoint, with a lower training.lr or in fp32"
-            )
+        finite_N = logprob_N.isfinite() & entropy_N.isfinite()
+        if not finite_N.all():
+            parts = finite_N.split((micro.cu_seqlens[1:] - micro.cu_seqlens[:-1]).tolist())
+            bad = [i for i, part in zip(micro.members, parts, strict=True) if not part.all()]
+            raise NotFinite("log-probabilities", bad)
         return logprob_N, entropy_N
 
     @torch.no_grad()
@@ -192,32 +240,46 @@ class Learner:
         old = {}
         for micro in self._pack(batch, range(len(batch.rollouts))):
             lengths = (micro.cu_seqlens[1:] - micro.cu_seqlens[:-1]).tolist()
-            old |= zip(micro.members, self._logprob(micro)[0].split(lengths), strict=True)
+            with fitting(tokens=micro.tokens_RS.numel(), sequences=len(micro.members)):
+                old |= zip(micro.members, self._logprob(micro)[0].split(lengths), strict=True)
         return old
 
     def _pack(self, batch: Batch, members: Sequence[int]) -> list[MicroBatch]:
-        return pack(
-            batch,
-            members,
-            budget=self.training.micro_batch_tokens,
-            share_prompts=self.share_prompts,
-            pad_id=self.policy.eos_ids[0],
-            device=self.policy.device,
-        )
+        budget = self.training.micro_batch_tokens
+        with fitting(tokens=budget, sequences=len(members)):
+            return pack(
+                batch,
+                members,
+                budget=budget,
+                share_prompts=self.share_prompts,
+                pad_id=self.policy.eos_ids[0],
+                device=self.policy.device,
+            )
 
-    def _denominator(self, rollouts: Sequence[Rollout]) -> float:
-        """What the loss of the whole optimizer update is divided by, whatever micro-batches it is computed in."""
-        if self.loss.aggregation == "token_mean":
-            return sum(map(len, rollouts))
-        return len(rollouts) * (self.training.max_tokens if self.loss.aggregation == "constant" else 1)
+    def _fewer_tokens(self, error: OutOfMemory) -> int:
+        """The budget to go on with: half of what was together, which is less than the budget where a batch is small."""
+        budget = self.training.micro_batch_tokens
+        if error.sequences == 1 or budget == 1:
+            raise RetrainError(
+                f"out of memory in training: one sequence of {error.tokens} tokens does not fit by itself. Lower "
+                f"training.max_tokens (now {self.training.max_tokens}) or max_prompt_tokens, set "
+                "training.gradient_checkpointing = true, or take a device with more memory"
+            ) from error
+        return max(1, min(budget, error.tokens) // 2)
 
-    def _check_gap(self, records: Sequence[_Pass]) -> None:
-        limit, worst = self.inference.max_logprob_gap, _gap(records)["logprob_gap_max"]
+    def _check_gap(self, records: Sequence[Pass]) -> None:
+        limit, worst = self.inference.max_logprob_gap, logprob_gap(records)["logprob_gap_max"]
         if 0 < limit < worst:
             raise RetrainError(
                 f"sampler and trainer disagree by {worst:.3g} nats on a token, more than inference.max_logprob_gap = "
                 f"{limit:g}: the completions were not sampled from the policy that trains"
             )
+
+
+def _check_sampler(batch: Batch) -> None:
+    bad = [i for i, rollout in enumerate(batch.rollouts) if not np.isfinite(rollout.logprobs_T).all()]
+    if bad:
+        raise NotFinite("sampler's log-probabilities", bad)
 
 
 @torch.no_grad()
@@ -246,52 +308,3 @@ def can_share_prompts(policy: Policy) -> bool:
     shared, separate = hidden(True), hidden(False)
     tolerance = 1e-3 if policy.head.weight.dtype == torch.float32 else 5e-2
     return bool((shared - separate).norm() <= tolerance * separate.norm())
-
-
-def _gap(passes: Sequence[_Pass]) -> dict[str, float]:
-    """Distance of the trainer's log-probs from the sampler's, in nats."""
-    gap = torch.cat([record.gap_N for record in passes])
-    return {"logprob_gap_mean": gap.mean().item(), "logprob_gap_max": gap.max().item()}
-
-
-def _combine(updates: Sequence[dict[str, float]]) -> dict[str, float | None]:
-    """Step metrics from the updates of a step: means over updates, ratios over all tokens."""
-    tokens = sum(update["tokens"] for update in updates)
-    return {
-        "loss": sum(update["loss"] for update in updates) / len(updates),
-        "grad_norm": sum(update["grad_norm"] for update in updates) / len(updates),
-        "ratio_mean": sum(update["ratio_sum"] for update in updates) / tokens,
-        "clip_fraction": sum(update["clipped_sum"] for update in updates) / tokens,
-        "ref_kl": sum(update["ref_kl_sum"] for update in updates) / tokens if "ref_kl_sum" in updates[0] else None,
-    }
-
-
-def _uncertainty_summary(passes: Sequence[_Pass]) -> tuple[tuple[float, float], ...]:
-    """(mean, max) of each rollout's token uncertainty, in the order of the batch."""
-    found = {}
-    for record in passes:
-        lengths = (record.micro.cu_seqlens[1:] - record.micro.cu_seqlens[:-1]).tolist()
-        for member, values in zip(record.micro.members, record.uncertainty_N.cpu().split(lengths), strict=True):
-            found[member] = (values.mean().item(), values.max().item())
-    return tuple(found[member] for member in sorted(found))
-
-
-def _token_statistics(passes: Sequence[_Pass]) -> dict[str, float | None]:
-    """Entropy of all, of execution and of planning tokens; None where there is no such token. Variances: population."""
-    entropy = torch.cat([record.entropy_N for record in passes]).cpu().double()
-    uncertainty = torch.cat([record.uncertainty_N for record in passes]).cpu().double()
-    planning = torch.cat([record.micro.planning_N for record in passes]).cpu()
-
-    def moments(values: Tensor) -> tuple[float | None, float | None]:
-        return (values.mean().item(), values.var(correction=0).item()) if len(values) else (None, None)
-
-    execution, plan = moments(entropy[~planning]), moments(entropy[planning])
-    return {
-        "entropy_mean": moments(entropy)[0],
-        "exec_entropy_mean": execution[0],
-        "exec_entropy_var": execution[1],
-        "plan_entropy_mean": plan[0],
-        "plan_entropy_var": plan[1],
-        "planning_fraction": planning.double().mean().item(),
-        "exec_uncertainty_var": moments(uncertainty[~planning])[1],
-    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from retrain.backend import rng
+from retrain.backend import ranks, rng, trainer_state
 from retrain.backend.devices import kernels_on, peak_memory_bytes
 from retrain.backend.learner import Learner
 from retrain.backend.model import base_digest, load_policy
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from retrain.config import Config
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-TRAINER_TENSORS = "trainer.pt"
 
 
 class LocalBackend:
@@ -74,6 +72,10 @@ class LocalBackend:
         logprob_T, _ = linear_logprob(hidden_TD, head.weight, targets, bias=head.bias, temperature=temperature)
         return logprob_T.float().cpu().numpy()
 
+    def squeeze(self, rank: int) -> dict[str, float]:
+        """Lower the adapter's rank in place; see `retrain.backend.ranks.squeeze`."""
+        return ranks.squeeze(self.policy, self.learner.optimizer, rank)
+
     def save_adapter(self, folder: Path) -> None:
         state = {key: value.detach().cpu().contiguous() for key, value in self._adapter_state().items()}
         (folder / ADAPTER_WEIGHTS).write_bytes(safetensors_bytes(state, metadata={"format": "pt"}))
@@ -92,6 +94,8 @@ class LocalBackend:
             state = load_file(path)
         except SafetensorError as error:
             raise RetrainError(f"{path} is damaged: {error}") from error
+        if ranks.has_patterns(folder):
+            ranks.take_up(self.policy, folder)
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in self._adapter_state().items()}:
             raise RetrainError(
                 f"the adapter in {folder} does not fit this config: its layers or ranks differ. "
@@ -105,16 +109,12 @@ class LocalBackend:
 
     def save(self, folder: Path) -> None:
         self.save_adapter(folder)
-        # Through memory: on a full disk torch.save fails with an error of its own that hides the reason.
-        buffer = io.BytesIO()
-        torch.save({"optimizer": self.learner.optimizer.state_dict(), "rng": rng.capture()}, buffer)
-        (folder / TRAINER_TENSORS).write_bytes(buffer.getbuffer())
+        trainer_state.write(folder / trainer_state.TRAINER_STATE, self.learner.optimizer)
 
     def load(self, folder: Path) -> None:
+        ranks.take_up(self.policy, folder)  # it may have been squeezed before the checkpoint
         self.load_adapter(folder)
-        state = torch.load(folder / TRAINER_TENSORS, map_location=self.policy.device, weights_only=True)
-        self.learner.optimizer.load_state_dict(state["optimizer"])
-        rng.restore(state["rng"])
+        trainer_state.read(folder / trainer_state.TRAINER_STATE, self.learner.optimizer)
 
     def describe(self) -> dict[str, Any]:
         base = sum(p.numel() for _, p in self.policy.base_parameters())
@@ -129,6 +129,9 @@ class LocalBackend:
 
     def base_digest(self) -> str:
         return base_digest(self.policy)
+
+    def figures(self) -> dict[str, float | None]:
+        return {}
 
     def peak_memory_bytes(self) -> int:
         return peak_memory_bytes(self.policy.device)

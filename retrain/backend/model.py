@@ -88,11 +88,11 @@ def load_policy(
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     say(f"loading {model.model} as {str(dtype).removeprefix('torch.')} on {device}")
-    base, tokenizer = _load_base(model.model, dtype)
+    base, tokenizer = _load_base(model, dtype)
     settle_threads(device, base.num_parameters())
     for parameter in base.parameters():
         parameter.requires_grad_(False)
-    eos_ids = _eos_ids(base, tokenizer, model.model)
+    eos_ids = eos_ids_of(base.config, base.generation_config, tokenizer, model.model)
     with warnings.catch_warnings():
         # transformers is renaming these, PEFT has not followed, and only the old names work in every version we take.
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
@@ -101,13 +101,13 @@ def load_policy(
             peft.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     peft.to(device)
     peft.eval()
-    context = getattr(base.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
-    policy = Policy(peft, peft.get_base_model(), tokenizer, device, eos_ids, int(context))
+    policy = Policy(peft, peft.get_base_model(), tokenizer, device, eos_ids, context_of(base.config, tokenizer))
     check_head(policy, model.model)
     return policy
 
 
-def _load_base(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load_base(model: ModelConfig, dtype: torch.dtype) -> tuple[Any, Any]:
+    name = model.model
     path = resolve_model(name)
     looks_local = name.startswith((".", "/", "~"))
     if looks_local:
@@ -115,18 +115,23 @@ def _load_base(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         if not Path(path, "config.json").is_file():
             raise ConfigError(f'model.model = "{name}": no model in that folder (there is no config.json)')
     try:
-        config = AutoConfig.from_pretrained(path)
+        # Said each time: where it is not, transformers asks on the terminal.
+        code = {"trust_remote_code": model.trust_remote_code}
+        config = AutoConfig.from_pretrained(path, **code)
         _disable_dropout(config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            # The other format, pytorch_model.bin, is a pickle.
+            use_safetensors=True,
+            **code,
         )
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, **code)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f'model.model = "{name}" cannot be loaded as a causal language model: {reason:.300}. '
-            'Write a folder, a hub id that is cached or can be reached, or "builtin:tiny"'
-        ) from error
+        raise cannot_load(name, error) from error
     base, report = loaded
     if report["missing_keys"]:
         raise ConfigError(
@@ -134,6 +139,25 @@ def _load_base(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
             "which would be drawn at random; use a complete causal language model"
         )
     return base, tokenizer
+
+
+def cannot_load(name: str, error: Exception) -> ConfigError:
+    """What a failure of transformers to load the model `name` means for the user."""
+    reason = " ".join(str(error).split())
+    if "trust_remote_code" in reason:
+        return ConfigError(
+            f'model.model = "{name}": comes with Python code of its own, which would run with all of your rights. '
+            "Read it, and set model.trust_remote_code = true where you trust it, or use a model without"
+        )
+    if "safetensors" in reason and ("no file named" in reason or "does not appear to have" in reason):
+        return ConfigError(
+            f'model.model = "{name}": has no safetensors weights (model.safetensors). Other formats are pickles, '
+            "which can run code when they are read, and are never opened: convert them elsewhere"
+        )
+    return ConfigError(
+        f'model.model = "{name}" cannot be loaded as a causal language model: {reason:.300}. '
+        'Write a folder, a hub id that is cached or can be reached, or "builtin:tiny"'
+    )
 
 
 def _disable_dropout(config: Any) -> None:
@@ -145,12 +169,18 @@ def _disable_dropout(config: Any) -> None:
             setattr(text, key, 0.0)
 
 
-def _eos_ids(base: Any, tokenizer: Any, name: str) -> tuple[int, ...]:
-    configured = base.generation_config.eos_token_id if base.generation_config is not None else None
+def context_of(config: Any, tokenizer: Any) -> int:
+    """The longest sequence, in tokens."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length)
+
+
+def eos_ids_of(config: Any, generation_config: Any, tokenizer: Any, name: str) -> tuple[int, ...]:
+    """Ids that end a completion, by a model's configs and its tokenizer. Raises ConfigError where none does."""
+    configured = generation_config.eos_token_id if generation_config is not None else None
     ids = [configured] if isinstance(configured, int) else list(configured or [])
     ids.append(tokenizer.eos_token_id)
     # Architectures come with default ids that a small vocabulary does not reach.
-    ids = {i for i in ids if i is not None and 0 <= i < base.config.get_text_config().vocab_size}
+    ids = {i for i in ids if i is not None and 0 <= i < config.get_text_config().vocab_size}
     if not ids:
         raise ConfigError(
             f'model.model = "{name}": neither its tokenizer nor its generation_config.json names an end-of-sequence '

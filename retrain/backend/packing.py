@@ -78,6 +78,13 @@ def pack(
     return [_build(batch, chunk, pad_id, device) for chunk in chunks]
 
 
+def loss_denominator(rollouts: Sequence[Rollout], *, aggregation: str, max_tokens: int) -> float:
+    """What the loss of a whole optimizer update is divided by, whatever micro-batches it is computed in."""
+    if aggregation == "token_mean":
+        return sum(map(len, rollouts))
+    return len(rollouts) * (max_tokens if aggregation == "constant" else 1)
+
+
 def _rows(batch: Batch, group: int, members: Sequence[int], budget: int, share_prompts: bool) -> list[_Row]:
     """The completions `members` of one group, in their order, over rows of about the same width."""
     prompt = len(batch.prompts[group])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 def seed_all(key: int) -> None:
@@ -15,22 +17,23 @@ def seed_all(key: int) -> None:
     torch.manual_seed(key)
 
 
-def capture() -> dict[str, Any]:
-    """State of Python's, NumPy's and torch's generators, in types that torch.load reads with weights_only."""
+def capture() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """State of Python's and NumPy's generators, in JSON's types, and of torch's, uint8 by name."""
     name, words, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    return {
+    numbers = {
         "python": random.getstate(),
         "numpy": [str(name), [int(word) for word in words], int(position), int(has_gauss), float(gauss)],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return numbers, {"rng/cpu": torch.get_rng_state(), **{f"rng/cuda:{i}": state for i, state in enumerate(cuda)}}
 
 
-def restore(state: dict[str, Any]) -> None:
-    version, words, gauss = state["python"]
+def restore(numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    version, words, gauss = numbers["python"]
     random.setstate((version, tuple(words), gauss))
-    name, numpy_words, position, has_gauss, cached = state["numpy"]
+    name, numpy_words, position, has_gauss, cached = numbers["numpy"]
     np.random.set_state((name, np.array(numpy_words, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([cuda.cpu() for cuda in state["cuda"]])
+    torch.set_rng_state(tensors["rng/cpu"])
+    for i in range(torch.cuda.device_count()):
+        if f"rng/cuda:{i}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"rng/cuda:{i}"], i)

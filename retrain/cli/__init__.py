@@ -13,6 +13,7 @@ from retrain import __version__
 from retrain.cli.commands import COMMANDS, TRAIN, Command
 from retrain.config.dotenv import load_dotenv
 from retrain.config.suggest import nearest
+from retrain.redact import shown
 from retrain.types import ConfigError, RetrainError
 
 INTERRUPTED = 130
@@ -43,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _report(message: str, status: int, debug: bool) -> int:
     if debug:
-        traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
+        print(shown(traceback.format_exc()), end="", file=sys.stderr)
+    print(f"error: {shown(message)}", file=sys.stderr)
     return status
 
 

@@ -43,8 +43,15 @@ JSON = Option("--json", "Print one JSON object instead of text.")
 
 TRAIN = Command(
     "train",
-    "[CONFIG.toml] [--flag value ...]",
+    "[CONFIG.toml] [--campaign-dir DIR] [--flag value ...]",
     "Train. Without CONFIG, ./retrain.toml. A file with [campaign] runs a campaign.",
+    (
+        Option(
+            "--campaign-dir",
+            "Folder of the campaign, and of one to go on with (default: a new folder in log_dir).",
+            "DIR",
+        ),
+    ),
 )
 
 COMMANDS = {
@@ -52,9 +59,12 @@ COMMANDS = {
     for command in (
         Command(
             "squeeze",
-            "ADAPTER_DIR or CONFIG.toml [--target-ranks 4,8] [--output-path DIR] [--json]",
+            "ADAPTER_DIR or CONFIG.toml [--target-ranks 4,8] [--output-path DIR] [--eval CONFIG.toml] [--json]",
             "Analyse the ranks of an adapter, and compress it when given an output path.",
-            (JSON,),
+            (
+                Option("--eval", "Config on whose held-out examples both adapters are compared.", "CONFIG.toml"),
+                JSON,
+            ),
         ),
         Command(
             "explain",
@@ -64,16 +74,16 @@ COMMANDS = {
         ),
         Command(
             "status",
-            "LOG_DIR [--json]",
+            "LOG_DIR [--watch] [--json]",
             "Runs and campaigns below a folder: step, rates, last checkpoint, whether alive.",
-            (JSON,),
+            (Option("--watch", "Go on showing them, every two seconds, until q is pressed."), JSON),
             config_flags=False,
         ),
         Command(
             "report",
             "LOG_DIR [-o FILE.html]",
             "Write one self-contained page about a run or a campaign.",
-            (Option("-o", "File to write.", "FILE"),),
+            (Option("-o", "File to write (default: report.html in LOG_DIR).", "FILE"),),
             config_flags=False,
         ),
         Command(

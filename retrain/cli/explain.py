@@ -23,6 +23,7 @@ from retrain.config import (
     unavailable,
     value_of,
     without_effect,
+    without_effect_in_campaign,
 )
 from retrain.config.show import show, show_key
 
@@ -80,8 +81,8 @@ def _configs(matrix: tuple[Run, ...]) -> list[Config]:
 def _without_effect(config: Config, matrix: tuple[Run, ...], missing: list[str]) -> list[str]:
     """In a campaign, what changes nothing in any run; what is not available is said already."""
     said = {_key_of(line) for line in missing}
-    idle = [{_key_of(line): line for line in without_effect(one)} for one in _configs(matrix) or [config]]
-    return [line for path, line in idle[0].items() if path not in said and all(path in other for other in idle)]
+    idle = without_effect_in_campaign(config, _configs(matrix)) if matrix else without_effect(config)
+    return [line for line in idle if _key_of(line) not in said]
 
 
 def _key_of(line: str) -> str:

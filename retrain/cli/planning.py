@@ -19,13 +19,14 @@ from rich.text import Text
 from retrain import planning
 from retrain.assets import resolve_model
 from retrain.cli.flags import Parsed, parse
-from retrain.config import Config, load_config
+from retrain.config import Config, ModelConfig, load_config
 from retrain.config.build import build
 from retrain.planning.encoder import open_encoder
 from retrain.planning.mine import Cluster, mine
 from retrain.planning.offsets import TokenOffsets
 from retrain.planning.semantic import planning_scores
 from retrain.planning.windows import windows
+from retrain.redact import shown
 from retrain.training.folder import CONFIG, GENERATIONS
 from retrain.training.metrics import CORRECT
 from retrain.training.records import rows
@@ -59,7 +60,7 @@ def run(argv: Sequence[str]) -> int:
 def show(config: Config, text: str) -> dict[str, Any]:
     """Which tokens of a text plan, as the config's tokenizer cuts it and its detector decides."""
     section = config.planning
-    tokenizer = _tokenizer(config.model.model)
+    tokenizer = _tokenizer(config.model)
     detector = planning.open_detector(
         section.detector,
         tokenizer,
@@ -114,16 +115,16 @@ def _read(given: str) -> str:
     return given
 
 
-def _tokenizer(model: str) -> Any:
+def _tokenizer(model: ModelConfig) -> Any:
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
-        return AutoTokenizer.from_pretrained(resolve_model(model))
+        return AutoTokenizer.from_pretrained(resolve_model(model.model), trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f'model.model = "{model}": its tokenizer cannot be loaded: {reason}') from error
+        raise ConfigError(f'model.model = "{model.model}": its tokenizer cannot be loaded: {reason}') from error
 
 
 def _print(facts: dict[str, Any], text: str) -> None:
@@ -131,9 +132,9 @@ def _print(facts: dict[str, Any], text: str) -> None:
     marked = Text()
     for part, plans in _parts(facts):
         if console.is_terminal:
-            marked.append(part, style="bold black on yellow" if plans else "")
+            marked.append(shown(part), style="bold black on yellow" if plans else "")
         else:
-            marked.append(f"[{part}]" if plans else part)
+            marked.append(f"[{shown(part)}]" if plans else shown(part))
     console.print(marked)
     total = len(facts["tokens"])
     print(f"\n{facts['planning']} of {total} tokens plan; detector {facts['detector']}, tokenizer {facts['tokenizer']}")

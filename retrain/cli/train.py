@@ -3,21 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 from retrain.cli.flags import parse
-from retrain.config import Config, check_available
+from retrain.config import DEFAULT_PATH, Config, check_available, load_config, run_kind
+from retrain.training.checkpoint import CONFIG, go_on, spare_config
+from retrain.types import ConfigError
 
 
 def run(argv: Sequence[str]) -> int:
-    return train_config(parse(argv).load())
+    parsed = parse(argv)
+    try:
+        config = parsed.load()
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_copy_of(parsed.config_path)}") from None
+    return train_config(config, parsed.options["campaign_dir"])
 
 
-def train_config(config: Config) -> int:
+def _copy_of(path: str | None) -> str:
+    """Where the config of a run that was begun cannot be loaded, whatever the flags: what to go on with instead."""
+    folder = Path(path or DEFAULT_PATH).parent
+    copy = spare_config(folder)
+    if copy is None or Path(path or DEFAULT_PATH).name != CONFIG:
+        return ""
+    with suppress(ConfigError):
+        load_config(folder / CONFIG)
+        return ""
+    return f". The newest checkpoint holds a good copy. {go_on(folder, config=copy)}"
+
+
+def train_config(config: Config, campaign_dir: str | None = None) -> int:
+    if config.campaign is not None:
+        from retrain.campaign.run import run_campaign
+
+        run_campaign(config, campaign_dir)
+        return 0
+    if campaign_dir is not None:
+        raise ConfigError("--campaign-dir: this config has no [campaign]; a run's folder is --log-dir")
+    if run_kind(config) == "squeeze":
+        from retrain.cli.squeeze import squeeze
+
+        return squeeze(config)
     check_available(config)
     # Torch takes seconds to import: a config that cannot run is refused before that.
+    from retrain.tracking import train
     from retrain.tracking.console import ConsoleObserver
     from retrain.tracking.summary import closing_summary
-    from retrain.training.run import train
 
     with ConsoleObserver(config.training.max_steps) as observer:
         observer.say(opening(config))

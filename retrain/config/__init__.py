@@ -5,7 +5,7 @@ from __future__ import annotations
 from retrain.config.availability import check_available, unavailable
 from retrain.config.build import build
 from retrain.config.campaign import Run, run_kind, run_matrix
-from retrain.config.effects import without_effect
+from retrain.config.effects import without_effect, without_effect_in_campaign
 from retrain.config.load import DEFAULT_PATH, dump_toml, load_config, to_dict
 from retrain.config.schema import ARRAYS, KEYS, SECTIONS, Config, Key, changed, json_schema, value_of
 from retrain.config.sections import (
@@ -75,4 +75,5 @@ __all__ = [
     "unavailable",
     "value_of",
     "without_effect",
+    "without_effect_in_campaign",
 ]

@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from typing import Any
 
-from retrain.config.campaign import run_kind
-from retrain.config.schema import Config, changed
+from retrain.config.schema import Config
 from retrain.config.show import show_key
 from retrain.types import ConfigError
-
-# Keys that must stay at their defaults, with what to write instead where removing them is not the whole answer.
-NOT_YET = {
-    "backend.backend": 'use "local"',
-    "model.base_url": "",
-    "backpressure.*": "",
-    "logging.wandb_*": "",
-    "squeeze.*": "",
-}
 
 # Keys of which some values work, the default not always among them.
 SOME_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -28,20 +17,13 @@ SOME_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 def unavailable(config: Config) -> list[str]:
     """One line for each setting whose capability is not there yet."""
-    if run_kind(config) == "squeeze":
-        return ["[squeeze]: a standalone squeeze is not available yet; add a [training] section to train"]
     lines = []
-    for path, value in changed(config).items():
-        hint = next((hint for pattern, hint in NOT_YET.items() if fnmatchcase(path, pattern)), None)
-        if hint is not None:
-            lines.append(_line(path, value, hint or "remove it"))
     for path, (works, hint) in SOME_VALUES.items():
         section, name = path.split(".")
         value = getattr(getattr(config, section), name)
-        if not works(value):
+        shared_out = path == "backend.devices" and config.campaign is not None
+        if not works(value) and not shared_out:
             lines.append(_line(path, value, hint))
-    if config.campaign is not None:
-        lines.append("[campaign]: not available yet; remove the section (`retrain explain` shows its runs)")
     return lines
 
 

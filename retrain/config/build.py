@@ -46,7 +46,7 @@ def build(
         config = Config.model_validate(merged)
     except ValidationError as exc:
         raise ConfigError("\n".join(_describe_all(exc, written))) from None
-    _refuse(place("", "") + problem for problem in checks.problems(config))
+    _refuse(place("", "") + problem for problem in (*checks.problems(config), *checks.leaks(config)))
     return config
 
 

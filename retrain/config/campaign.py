@@ -23,8 +23,10 @@ ABLATION = tuple(
 )
 
 # What the campaign itself decides for each run, so that a condition may not.
-DECIDED = ("training.seed", "training.max_steps", "logging.log_dir", "resume.from")
+DECIDED = ("training.seed", "training.max_steps", "backend.devices", "logging.log_dir", "resume.from")
 DECIDED_SECTIONS = ("campaign", "squeeze")
+# Of `[squeeze]`, what belongs to a run's own training; the rest is about the campaign's first adapter.
+SQUEEZE_OF_RUNS = ("at_steps", "to_ranks")
 
 RunKind = Literal["train", "campaign", "squeeze"]
 
@@ -73,7 +75,9 @@ def _name(config: Config, condition: ConditionConfig) -> str:
 def _run_config(config: Config, campaign: CampaignConfig, condition: ConditionConfig, name: str, seed: int) -> Config:
     where = f'campaign condition "{name}"'
     for path in condition.overrides:
-        if path in DECIDED or path.partition(".")[0] in DECIDED_SECTIONS:
+        section, _, key = path.partition(".")
+        of_run = section == "squeeze" and key in SQUEEZE_OF_RUNS
+        if path in DECIDED or (section in DECIDED_SECTIONS and not of_run):
             raise ConfigError(f"{where}: {path} is decided by the campaign; remove it from the overrides")
     modes = {
         "algorithm.advantage_mode": condition.advantage_mode,
@@ -81,6 +85,11 @@ def _run_config(config: Config, campaign: CampaignConfig, condition: ConditionCo
     }
     overrides: dict[str, Any] = {path: mode for path, mode in modes.items() if mode is not None}
     overrides |= {"training.seed": seed, "training.max_steps": campaign.max_steps or config.training.max_steps}
+    # Several devices are shared out: each run has one.
+    overrides["backend.devices"] = config.backend.devices.split(",")[0]
+    if config.squeeze is not None:
+        set_keys = config.squeeze.model_fields_set.intersection(SQUEEZE_OF_RUNS)
+        overrides |= {f"squeeze.{key}": getattr(config.squeeze, key) for key in set_keys}
     # Only what was set: a default may depend on another key, which the condition may change.
     base = config.model_dump(by_alias=True, exclude_unset=True, exclude=set(DECIDED_SECTIONS))
     try:

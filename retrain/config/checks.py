@@ -3,21 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
+from retrain.config.addresses import address_problems
 from retrain.config.engines import inference_problems
 from retrain.config.fields import source_kind
 from retrain.config.schema import Config
 from retrain.config.sections import CampaignConfig, RewardConfig, SqueezeConfig
+from retrain.config.service import service_problems
+from retrain.redact import secrets_of
 
 
 def problems(config: Config) -> list[str]:
     """What is wrong with the values taken together, one message each; empty when nothing is."""
     tables = [_table(config)]
     if config.squeeze is not None:
-        tables.append(_squeeze_table(config.squeeze))
+        tables += [_squeeze_table(config.squeeze), _shrinking_table(config, config.squeeze)]
     if config.campaign is not None:
         tables.append(_campaign_table(config.campaign))
     return [message for table in tables for refused, message in table if refused]
+
+
+def leaks(config: Config) -> Iterator[str]:
+    """A message for each key that holds a secret of the environment: a config goes into the run folder as it is."""
+    secrets = secrets_of()
+    if not secrets:
+        return
+    for section, table in config.model_dump(mode="json", by_alias=True, exclude_none=True).items():
+        for key, value in table.items():
+            texts = list(_strings(value))
+            name = next((name for secret, name in secrets.items() if any(secret in text for text in texts)), None)
+            if name is not None:
+                yield f"{section}.{key}: holds the value of ${name}, which would be written into the run folder"
+
+
+def _strings(value: object) -> Iterator[str]:
+    match value:
+        case str():
+            yield value
+        case dict():
+            yield from _strings(list(value.values()))
+        case list():
+            for inner in value:
+                yield from _strings(inner)
 
 
 def _table(config: Config) -> Iterator[tuple[bool, str]]:
@@ -26,7 +54,7 @@ def _table(config: Config) -> Iterator[tuple[bool, str]]:
     inference, environment, reward, bp = config.inference, config.environment, config.reward, config.backpressure
     completions = training.batch_size * training.group_size
 
-    for message in inference_problems(inference):
+    for message in (*inference_problems(inference), *address_problems(config), *service_problems(config)):
         yield True, message
     yield (
         algorithm.overlong_buffer > 0 and algorithm.advantage_mode == "maxrl",
@@ -88,6 +116,11 @@ def _table(config: Config) -> Iterator[tuple[bool, str]]:
         '0 on that sum to 1 at most, or another algorithm.advantage_mode, such as "grpo"',
     )
     yield (
+        bp.enabled and bp.min_batch_size * training.group_size < loss.minibatches <= completions,
+        f"loss.minibatches = {loss.minibatches}: must not be more than the completions of the smallest step "
+        f"(backpressure.min_batch_size * training.group_size = {bp.min_batch_size * training.group_size})",
+    )
+    yield (
         bp.min_batch_size > bp.max_batch_size,
         f"backpressure.min_batch_size = {bp.min_batch_size}: must not be above max_batch_size ({bp.max_batch_size})",
     )
@@ -100,19 +133,10 @@ def _table(config: Config) -> Iterator[tuple[bool, str]]:
 
 def _reward_table(reward: RewardConfig) -> Iterator[tuple[bool, str]]:
     for place, keys in (("reward", reward), *((f"reward.parts[{i}]", part) for i, part in enumerate(reward.parts))):
-        url = keys.judge_url
         yield (keys.type == "judge" and not keys.judge_model, f'{place}.type = "judge": needs {place}.judge_model')
         yield (
             keys.type == "custom" and not keys.custom_module,
             f'{place}.type = "custom": needs {place}.custom_module',
-        )
-        yield (
-            bool(url) and not url.startswith(("http://", "https://")),
-            f'{place}.judge_url = "{url}": must begin with http:// or https://, as in "http://127.0.0.1:8000/v1"',
-        )
-        yield (
-            "@" in url,
-            f"{place}.judge_url: must not hold a password; set OPENAI_API_KEY in the environment or in .env",
         )
     names = [part.label for part in reward.parts]
     yield (len(set(names)) < len(names), "reward.parts: two have the same name; give each a `name` of its own")
@@ -137,6 +161,38 @@ def _squeeze_table(squeeze: SqueezeConfig) -> Iterator[tuple[bool, str]]:
     yield (
         0 < source < squeeze.compress_to,
         f"squeeze.compress_to = {squeeze.compress_to}: must not be above squeeze.source_rank ({source})",
+    )
+    yield (
+        squeeze.per_layer and squeeze.compress_to > 0,
+        f"squeeze.compress_to = {squeeze.compress_to}: with per_layer the ranks follow from min_variance_retention; "
+        "remove one of the two",
+    )
+
+
+def _shrinking_table(config: Config, squeeze: SqueezeConfig) -> Iterator[tuple[bool, str]]:
+    """Rules about squeezing in the course of a training."""
+    steps, ranks = squeeze.at_steps, squeeze.to_ranks
+    last = (config.campaign and config.campaign.max_steps) or config.training.max_steps
+    yield (
+        len(steps) != len(ranks),
+        f"squeeze.at_steps and squeeze.to_ranks: name {len(steps)} steps and {len(ranks)} ranks; give a rank for each",
+    )
+    yield (
+        any(step < 1 for step in steps) or any(b <= a for a, b in pairwise(steps)),
+        "squeeze.at_steps: must rise, from 1 on",
+    )
+    yield (
+        any(rank < 1 for rank in ranks) or any(b >= a for a, b in pairwise((config.model.lora_rank, *ranks))),
+        f"squeeze.to_ranks: must fall, from below model.lora_rank ({config.model.lora_rank}) to 1 at the lowest",
+    )
+    yield (
+        any(step > last for step in steps),
+        f"squeeze.at_steps: no step may lie after the last one ({last})",
+    )
+    yield (
+        bool(steps) and config.backend.backend != "local",
+        f'squeeze.at_steps: the adapter of backend.backend = "{config.backend.backend}" has the rank it begins with; '
+        'use "local"',
     )
 
 

@@ -2,24 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
+from retrain.config.campaign import SQUEEZE_OF_RUNS, run_kind
+from retrain.config.experiments import BackpressureConfig, CampaignConfig
 from retrain.config.fields import source_kind
 from retrain.config.rewards import RewardKeys, RewardPart
 from retrain.config.schema import Config, changed
+from retrain.config.sections import InferenceConfig
 from retrain.config.show import show_key
 
 
 def without_effect(config: Config) -> list[str]:
     """One line, with the reason, for each key that is set off its default and changes nothing."""
-    idle = [(pattern, reason) for holds, pattern, reason in _table(config) if holds]
+    return [*_lines(config, _table(config)), *_idle_in_parts(config.reward.parts)]
+
+
+def without_effect_in_campaign(config: Config, runs: Sequence[Config]) -> list[str]:
+    """The same of a campaign: what changes nothing in any of its runs, and what it replaces by its own."""
+    assert config.campaign is not None
+    idle = [{line.partition(" = ")[0]: line for line in without_effect(run)} for run in runs]
+    everywhere = [line for path, line in idle[0].items() if all(path in other for other in idle)]
+    return [*_lines(config, _campaign_table(config, config.campaign)), *everywhere]
+
+
+def _lines(config: Config, table: Iterator[tuple[bool, str, str]]) -> list[str]:
+    idle = [(pattern, reason) for holds, pattern, reason in table if holds]
     lines = []
     for path, value in changed(config).items():
         reason = next((reason for pattern, reason in idle if fnmatchcase(path, pattern)), None)
         if reason is not None:
             lines.append(f"{show_key(path, value)}: no effect {reason}")
-    return [*lines, *_idle_in_parts(config.reward.parts)]
+    return lines
+
+
+def _campaign_table(config: Config, campaign: CampaignConfig) -> Iterator[tuple[bool, str, str]]:
+    yield True, "training.seed", "in a campaign, which has seeds of its own: campaign.seeds"
+    yield (
+        campaign.max_steps not in (0, config.training.max_steps),
+        "training.max_steps",
+        f"with campaign.max_steps = {campaign.max_steps}",
+    )
+    for key in ("run_name", "group"):
+        yield True, f"logging.wandb_{key}", "in a campaign, which names its runs and groups"
+    for key in ("max_workers", "stagger_seconds"):
+        yield not campaign.parallel, f"campaign.{key}", "without campaign.parallel"
+    yield config.squeeze is not None, "squeeze.adapter_path", "in a campaign: it is that of the first finished run"
 
 
 def _idle_reward_keys(keys: RewardKeys) -> list[str]:
@@ -63,7 +92,7 @@ def _table(config: Config) -> Iterator[tuple[bool, str, str]]:
     for key in _idle_reward_keys(reward):
         own = source_kind(config.data.source) == "reasoning_gym"  # its tasks' scorers have a time limit too
         yield not (own and key == "timeout_s"), f"reward.{key}", f'with reward.type = "{reward.type}"'
-    yield not config.backpressure.enabled, "backpressure.*", "without backpressure.enabled"
+    yield from _backpressure_table(config.backpressure)
     yield not config.logging.wandb_project, "logging.wandb_*", "without logging.wandb_project"
     if config.eval.every == 0:
         for key in ("examples", "samples", "temperature"):
@@ -81,26 +110,54 @@ def _table(config: Config) -> Iterator[tuple[bool, str, str]]:
     yield kind not in ("hub", "problem_set"), "data.split", of_source
 
     yield from _backend_table(config)
+    yield from _squeeze_table(config)
+
+
+def _backpressure_table(bp: BackpressureConfig) -> Iterator[tuple[bool, str, str]]:
+    yield not bp.enabled, "backpressure.*", "without backpressure.enabled"
     yield (
-        config.squeeze is not None and not config.squeeze.output_path,
-        "squeeze.compress_to",
-        ("without squeeze.output_path"),
+        bp.max_batch_size - bp.min_batch_size < 2,
+        "backpressure.enabled",
+        "but for the warm-up where min_batch_size and max_batch_size leave fewer than three sizes to compare",
     )
+    yield bp.peak_bw_gb_s == 0, "backpressure.peak_gflops", "without backpressure.peak_bw_gb_s"
+    yield bp.peak_gflops == 0, "backpressure.peak_bw_gb_s", "without backpressure.peak_gflops"
+
+
+def _squeeze_table(config: Config) -> Iterator[tuple[bool, str, str]]:
+    if config.squeeze is None:
+        return
+    alone, training = run_kind(config) == "squeeze", run_kind(config) == "train"
+    for key in type(config.squeeze).model_fields:
+        if key in SQUEEZE_OF_RUNS:
+            yield alone, f"squeeze.{key}", "in a standalone squeeze, which trains nothing"
+        else:
+            yield training, f"squeeze.{key}", "in a training run (`retrain squeeze` uses it)"
+    for key in ("compress_to", "per_layer"):
+        yield not config.squeeze.output_path, f"squeeze.{key}", "without squeeze.output_path"
 
 
 def _backend_table(config: Config) -> Iterator[tuple[bool, str, str]]:
     in_process = config.inference.engine == "pytorch"
     for key in ("inference.url", "inference.request_timeout_s", "inference.retries", "backend.adapter_path"):
         yield in_process and config.backend.backend == "local", key, 'with inference.engine = "pytorch"'
+    urls = (
+        config.inference.url,
+        config.model.base_url,
+        *(keys.judge_url for keys in (config.reward, *config.reward.parts)),
+    )
+    yield not any("http://" in url for url in urls), "inference.allow_http", "without an http:// address"
     yield not in_process, "inference.merged_copy", f'with inference.engine = "{config.inference.engine}"'
     remote = config.backend.backend == "tinker"
+    for key in ("backend.service", "backend.max_concurrent", "backend.patience_s", "backend.state_ttl_s"):
+        yield not remote, key, 'with backend.backend = "local"'
+    at_a_service = {"max_logprob_gap", "allow_http", "top_p", "top_k"}
     for key in (
         "backend.devices",
         "backend.adapter_path",
         "training.micro_batch_tokens",
         "training.gradient_checkpointing",
         "training.dtype",
-        "lora.*",
-        "inference.*",
+        *(f"inference.{name}" for name in InferenceConfig.model_fields if name not in at_a_service),
     ):
         yield remote, key, 'with backend.backend = "tinker"'

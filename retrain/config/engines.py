@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from urllib.parse import urlsplit
 
+from retrain.config.addresses import address_problem
 from retrain.config.sections import InferenceConfig
 from retrain.types import ConfigError
 
@@ -47,9 +47,12 @@ def inference_problems(inference: InferenceConfig) -> Iterator[str]:
                 )
         return
     try:
-        parse_urls(inference.url, inference.engine)
+        urls = parse_urls(inference.url, inference.engine)
     except ConfigError as error:
         yield str(error)
+        return
+    problems = (address_problem("inference.url", u, inference.engine, allow_http=inference.allow_http) for u in urls)
+    yield from (problem for problem in problems if problem)
 
 
 def _not_offered(inference: InferenceConfig) -> Iterator[str]:
@@ -75,13 +78,9 @@ def parse_urls(value: str, engine: str) -> list[str]:
     if not urls:
         raise ConfigError(f'inference.engine = "{engine}": needs inference.url, such as "http://127.0.0.1:8000"')
     for url in urls:
-        try:
-            parts = urlsplit(url)
-            valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:
-            valid = False
-        if not valid:
-            raise ConfigError(f'inference.url: "{url}" is no address; write it as in "http://127.0.0.1:8000"')
+        problem = address_problem("inference.url", url, engine, allow_http=True)
+        if problem:
+            raise ConfigError(problem)
     if len(set(urls)) < len(urls):
         raise ConfigError("inference.url: names a server twice")
     return urls

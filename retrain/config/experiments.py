@@ -37,7 +37,14 @@ class SqueezeConfig(Section):
     target_ranks: IntList = Field(default=(), description="Ranks that are tried. Empty = powers of two.")
     output_path: str = Field(default="", description="Folder for the compressed adapter. Empty = no compression.")
     compress_to: int = Field(default=0, ge=0, description="Rank of the compressed adapter. 0 = the recommended one.")
+    per_layer: bool = Field(
+        default=False, description="Compress each layer to the smallest rank that retains its share of variance."
+    )
     device: str = Field(default="cpu", min_length=1, description="Torch device of the computation.")
+    at_steps: IntList = Field(
+        default=(), description="In training: steps after which the adapter is squeezed and training goes on."
+    )
+    to_ranks: IntList = Field(default=(), description="In training: the rank from each of `at_steps` on.")
 
 
 class ConditionConfig(Section):

@@ -14,9 +14,10 @@ from retrain.config.suggest import did_you_mean
 
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 DEVICE = re.compile(r"(cpu|mps|(gpu|cuda)(:\d+)?)")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
 CONDITION_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 PART_NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
+ENVIRONMENT_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*(@[\w.+-]+)?", re.ASCII)
 RESERVED_PARTS = ("errors", "parts", "time_s")
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 BUILTIN_SOURCES = ("math", "gsm8k", "arithmetic", "arithmetic:words")
@@ -89,6 +90,12 @@ def _check_devices(value: str) -> str:
 def _check_condition_name(value: str) -> str:
     if value and not CONDITION_NAME.fullmatch(value):
         raise ValueError("names a folder: use letters, digits and . _ + - and start with a letter or digit")
+    return value
+
+
+def _check_environment_id(value: str) -> str:
+    if value and not ENVIRONMENT_ID.fullmatch(value):
+        raise ValueError('names a package: write owner/name or owner/name@version, as in "primeintellect/gsm8k"')
     return value
 
 
@@ -166,6 +173,7 @@ TransformMode = Annotated[str, NameOrPlugin(("none", "gtpo", "gtpo_hicra", "gtpo
 Devices = Annotated[str, AfterValidator(_check_devices)]
 Source = Annotated[str, AfterValidator(_check_source)]
 ConditionName = Annotated[str, AfterValidator(_check_condition_name)]
+EnvironmentId = Annotated[str, AfterValidator(_check_environment_id)]
 PartName = Annotated[str, AfterValidator(_check_part_name)]
 TargetModules = Annotated[
     str | tuple[str, ...],

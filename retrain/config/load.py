@@ -33,6 +33,9 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         line = find_line(text, section, key)
         return f"{path}:{line}: " if line else f"{path}: "
 
+    if overrides and "campaign" in data and "training.max_steps" in overrides:
+        # A flag wins over the file, also over the steps that the file gives its campaign.
+        overrides = {"campaign.max_steps": overrides["training.max_steps"], **overrides}
     config = build(data, overrides, place)
     run_matrix(config)  # a condition that does not resolve is an error of the file
     return config

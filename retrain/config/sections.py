@@ -18,6 +18,7 @@ from retrain.config.experiments import SqueezeConfig as SqueezeConfig
 from retrain.config.fields import (
     AdvantageMode,
     Devices,
+    EnvironmentId,
     Source,
     Table,
     TargetModules,
@@ -54,6 +55,28 @@ class BackendConfig(Section):
     )
 
 
+    service: Literal["tinker", "skyrl"] = Field(
+        default="tinker",
+        description="Whose service is at `model.base_url`: Thinking Machines' `tinker`, or a server of `skyrl` (its JAX "
+        "backend), which reduces the loss in another way and does not clip gradients. Backend `tinker` only.",
+    )
+    max_concurrent: int = Field(
+        default=64, ge=1, description="Most sampling requests under way at the service, each for one group."
+    )
+    patience_s: float = Field(
+        default=60.0,
+        gt=0,
+        le=300,
+        description="Seconds without a usable answer of the service until the run saves its state and stops.",
+    )
+    state_ttl_s: int = Field(
+        default=86400,
+        ge=0,
+        description="Seconds for which the service keeps the full state of each step, so that a run that loses it goes "
+        "on from its last step. 0 = only the checkpoints of `training.save_every` are kept there.",
+    )
+
+
 class ModelConfig(Section):
     """The model that is trained, and the size of its adapter."""
 
@@ -63,6 +86,10 @@ class ModelConfig(Section):
         description="Hugging Face model id, local folder, or `builtin:tiny` (the embedded model).",
     )
     base_url: str = Field(default="", description="URL of the Tinker service (backend `tinker` only).")
+    trust_remote_code: bool = Field(
+        default=False,
+        description="Run Python code that comes with the model. It has all of your rights: read it first.",
+    )
     lora_rank: int = Field(default=32, ge=1, description="Rank of the LoRA adapter.")
 
 
@@ -167,6 +194,11 @@ class TrainingConfig(Section):
     )
     max_prompt_tokens: int = Field(default=0, ge=0, description="Longer prompts are left out of the data. 0 = no cap.")
     keep_checkpoints: int = Field(default=3, ge=0, description="Newest checkpoints that are kept. 0 = all.")
+    strict: bool = Field(
+        default=False,
+        description="End the run where it would warn that it is not learning, and refuse a config with a key without "
+        "effect.",
+    )
 
 
 class OptimizerConfig(Section):
@@ -230,7 +262,7 @@ class EnvironmentConfig(Section):
     """An environment that provides prompts, turns and rewards."""
 
     provider: Literal["", "verifiers"] = Field(default="", description="Environment provider. Empty = none.")
-    id: str = Field(default="", description="Environment id, as in `primeintellect/gsm8k`.")
+    id: EnvironmentId = Field(default="", description="Environment id, as in `primeintellect/gsm8k`.")
     args: Table = Field(default_factory=dict, description="Keyword arguments: a table, or a JSON string.")
     max_turns: int = Field(default=-1, ge=-1, description="Most turns of an episode. -1 = as the environment has it.")
     auto_install: bool = Field(default=False, description="Install a missing Prime Hub environment before loading it.")
@@ -296,6 +328,11 @@ class InferenceConfig(Section):
         default="pytorch", description="Inference engine: in this process, or a server."
     )
     url: str = Field(default="", description="URL of the server (engines other than `pytorch`).")
+    allow_http: bool = Field(
+        default=False,
+        description="Speak http:// with servers on other machines, judges included: prompts, completions and keys go "
+        "over the network in the clear. This machine's own (127.0.0.0/8, ::1, localhost) need no such permission.",
+    )
     attention_kernel: Literal["default", "flash", "triton", "tk", "cutlass"] = Field(
         default="default",
         description="Attention implementation: `flash` and `triton` with vLLM and SGLang, as `retrain serve` starts "
@@ -353,4 +390,11 @@ class LoggingConfig(Section):
     strategic_grams: str = Field(
         default="",
         description="Phrases that mark planning, as a JSON array or comma-separated. Empty = the built-in ones.",
+    )
+    tensorboard: bool = Field(default=False, description="Write the metrics for TensorBoard, into log_dir/tensorboard.")
+    credit_samples: int = Field(
+        default=2,
+        ge=0,
+        description="Completions of a step whose tokens are recorded with their credit, for `retrain report`. "
+        "0 = none.",
     )

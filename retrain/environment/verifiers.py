@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import math
@@ -191,17 +192,32 @@ def _load(section: EnvironmentConfig) -> Any:
 
 
 def _install(name: str, module: str, place: str) -> None:
-    """From the Prime hub, which keeps a package index for each owner."""
+    """From the Prime hub, which keeps a package index for each owner.
+
+    The environment comes from that index alone: were PyPI asked as well, anybody could put a higher version of the same
+    name there. What it requires comes from PyPI alone.
+    """
     owner, _, package = name.rpartition("/")
     wanted = package.replace("@", "==")
-    index = ["--extra-index-url", f"{HUB}/{owner}/simple/"] if owner else []
+    if owner:
+        _pip(["--no-deps", "--index-url", f"{HUB}/{owner}/simple/", wanted], wanted, place)
+        requires = importlib.metadata.requires(package.partition("@")[0])
+        if requires:
+            _pip(requires, f"what {wanted} requires", place)
+    else:
+        _pip([wanted], wanted, place)
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(f"{place}: {wanted} brings no module {module}")
+
+
+def _pip(arguments: Sequence[str], what: str, place: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", wanted, *index], capture_output=True, text=True
+        [sys.executable, "-m", "pip", "install", "--quiet", *arguments], capture_output=True, text=True
     )
     importlib.invalidate_caches()
-    if done.returncode or importlib.util.find_spec(module) is None:
-        reason = (done.stderr.strip().splitlines() or ["it brings no module of that name"])[-1]
-        raise ConfigError(f"{place}: {wanted} cannot be installed: {reason}")
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["pip does not say why"])[-1]
+        raise ConfigError(f"{place}: {what} cannot be installed: {reason}")
 
 
 def _rubrics(rubric: Any) -> Iterator[Any]:

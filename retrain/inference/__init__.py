@@ -11,18 +11,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from retrain.types import Completion, ConfigError, RetrainError
+from retrain.types import Completion, ConfigError
+from retrain.types import ServerLost as ServerLost
 
 if TYPE_CHECKING:
     from retrain.backend import Backend
     from retrain.config import Config, InferenceConfig
-
-
-class ServerLost(RetrainError):
-    """A server went away, or answers nothing usable, for longer than the config allows.
-
-    Raised by `generate` it leaves the run as it was after its last step, which may be saved.
-    """
 
 
 class Engine(Protocol):
@@ -76,6 +70,12 @@ def open_engine(section: InferenceConfig, backend: Backend, serving: Serving | N
 
     serving: needed by the engines other than "pytorch". Raises ConfigError where the servers do not fit the config.
     """
+    from retrain.backend.tinker import TinkerBackend
+
+    if isinstance(backend, TinkerBackend):
+        from retrain.inference.tinker import TinkerEngine
+
+        return TinkerEngine(backend)
     if section.engine == "pytorch":
         from retrain.backend.local import LocalBackend
         from retrain.inference.pytorch import PyTorchEngine

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from retrain.config.addresses import KEY_VARIABLES
 from retrain.http import BadAnswer, Call
 from retrain.inference.mlx import to_mlx
 from retrain.types import RetrainError
@@ -346,7 +347,7 @@ DIALECTS = {
             scoring=Scoring(_score_vllm, _read_vllm_scores),
             seed_bits=63,
             tokenize="/tokenize",
-            key_variable="VLLM_API_KEY",
+            key_variable=KEY_VARIABLES["vllm"],
             enable_adapters="start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora",
             enable_logprobs="start it without --max-logprobs 0",
             enable_temperature="start it with --logprobs-mode processed_logprobs",
@@ -390,7 +391,7 @@ DIALECTS = {
             _read_openai,
             obstacle="the OpenAI API has no route by which a new adapter reaches the server",
             health="/v1/models",
-            key_variable="OPENAI_API_KEY",
+            key_variable=KEY_VARIABLES["openai"],
         ),
     )
 }

@@ -66,6 +66,7 @@ def _vllm(config: Config, place: _Place) -> Launch:
     argv += ["--served-model-name", config.model.model, "--enable-lora", "--max-lora-rank", str(limit)]
     argv += ["--dtype", _dtype(config, place)]
     argv += _context(config, "--max-model-len")
+    argv += _trust(config)
     # Log-probs as they were sampled; vLLM's own default reports them at temperature 1.
     argv += ["--logprobs-mode", "processed_logprobs"] if config.training.temperature != 1 else []
     argv += [] if inference.prefix_caching else ["--no-enable-prefix-caching"]
@@ -83,6 +84,7 @@ def _sglang(config: Config, place: _Place) -> Launch:
     argv += ["--enable-lora", "--max-lora-rank", str(config.model.lora_rank), "--lora-target-modules", "all"]
     argv += ["--dtype", _dtype(config, place)]
     argv += _context(config, "--context-length")
+    argv += _trust(config)
     argv += [] if config.inference.prefix_caching else ["--disable-radix-cache"]
     argv += _option("--kv-cache-dtype", config.inference.kv_cache_dtype, fp8="fp8_e4m3")
     argv += _option("--attention-backend", config.inference.attention_kernel, flash="fa3")
@@ -94,6 +96,7 @@ def _max(config: Config, place: _Place) -> Launch:
     argv = ["max", "serve", "--model", resolve_model(config.model.model), "--port", place.port]
     argv += ["--served-model-name", config.model.model, "--quantization-encoding", _dtype(config, place)]
     argv += _context(config, "--max-length")
+    argv += _trust(config)
     argv += [] if config.inference.prefix_caching else ["--no-enable-prefix-caching"]
     argv += _option("--kv-cache-format", config.inference.kv_cache_dtype, bf16="bfloat16", fp8="float8_e4m3fn")
     argv += ["--devices", "cpu"] if place.cpu else []
@@ -109,7 +112,8 @@ def _mlx(config: Config, place: _Place) -> Launch:
                 "or start the server yourself with such a model"
             )
     model = resolve_model(config.model.model)
-    return Launch(("mlx_lm.server", "--model", model, "--host", place.host, "--port", place.port), {})
+    argv = ("mlx_lm.server", "--model", model, "--host", place.host, "--port", place.port, *_trust(config))
+    return Launch(argv, {})
 
 
 _COMMANDS: dict[str, Callable[[Config, _Place], Launch]] = {"vllm": _vllm, "sglang": _sglang, "max": _max, "mlx": _mlx}
@@ -127,6 +131,10 @@ def _dtype(config: Config, place: _Place) -> str:
         raise ConfigError(f'inference.dtype = "{chosen}": start the server yourself with a model in that format')
     trained = {"auto": "float32" if place.cpu else "bfloat16", "fp32": "float32", "bf16": "bfloat16"}
     return "bfloat16" if chosen == "bf16" else trained[config.training.dtype]
+
+
+def _trust(config: Config) -> list[str]:
+    return ["--trust-remote-code"] if config.model.trust_remote_code else []
 
 
 def _context(config: Config, flag: str) -> list[str]:

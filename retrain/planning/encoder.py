@@ -85,7 +85,9 @@ def _load(model: str, device: str) -> Any:
             'or use planning.detector = "regex"'
         ) from error
     try:
-        encoder = SentenceTransformer(found, device=device)
+        encoder = SentenceTransformer(
+            found, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True}
+        )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f'{KEY} = "{model}": cannot be loaded: {reason}; {REMEDY}') from error

@@ -38,6 +38,10 @@ class TokenOffsets:
         """The decoded text that spans refer to: special tokens left out, nothing cleaned up."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def name(self, token_id: int) -> str:
+        """What the tokenizer calls a token, "" for an id beyond its vocabulary."""
+        return self._tokenizer.convert_ids_to_tokens(token_id) or "" if token_id in self._special else ""
+
     def spans(self, token_ids: list[int], text: str) -> np.ndarray:
         """int64 [T, 2]: token t stands for text[start:end]; `text` is `self.text(token_ids)`.
 

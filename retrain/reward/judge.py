@@ -11,6 +11,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from retrain import http
+from retrain.config.addresses import KEY_VARIABLES, address_problem
 from retrain.http import BadAnswer, Broken, Busy, Call, Failure, Refused
 from retrain.reward.rubric import messages, read_verdict, response_format
 from retrain.types import ConfigError, RetrainError, Score
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from retrain.config.rewards import RewardKeys
 
 OPENAI = "https://api.openai.com/v1"
-KEY_VARIABLE, URL_VARIABLE = "OPENAI_API_KEY", "OPENAI_BASE_URL"
+KEY_VARIABLE, URL_VARIABLE = KEY_VARIABLES["judge"], "OPENAI_BASE_URL"
 
 # What a server or a model may not know, and how a refusal names it: it is then left out of all further requests.
 OPTIONAL = {"response_format": ("response_format", "json_schema"), "temperature": ("temperature",)}
@@ -46,12 +47,13 @@ class JudgeScorer:
 
     A request that fails, or an answer that is no verdict, is tried again `judge_retries` times with growing delays;
     what still fails is an error with its reason, never a zero. The same response to the same problem is asked about
-    once in a scorer's life. Raises ConfigError where the API needs a key and the environment has none.
+    once in a scorer's life. Raises ConfigError where the API needs a key and the environment has none, and where the
+    environment names an address that a config could not.
     """
 
     def __init__(self, keys: RewardKeys) -> None:
         self._keys = keys
-        self._url = (keys.judge_url or os.environ.get(URL_VARIABLE) or OPENAI).rstrip("/")
+        self._url = (keys.judge_url or _url_of_environment() or OPENAI).rstrip("/")
         self._api_key = os.environ.get(KEY_VARIABLE, "")
         if self._url == OPENAI and not self._api_key:
             raise ConfigError(
@@ -168,6 +170,14 @@ class JudgeScorer:
         except (LookupError, TypeError, ValueError, AttributeError):
             raise BadAnswer("the answer is not a chat completion") from None
         return read_verdict(content, self._keys.judge_verdict)
+
+
+def _url_of_environment() -> str:
+    url = os.environ.get(URL_VARIABLE, "")
+    problem = address_problem(URL_VARIABLE, url, "judge", allow_http=False) if url else None
+    if problem:
+        raise ConfigError(f"{problem}. What the config says in reward.judge_url comes first")
+    return url
 
 
 def _digest(question: Question) -> bytes:

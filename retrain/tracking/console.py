@@ -14,6 +14,7 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
+from retrain.redact import shown
 from retrain.training.metrics import CORRECT, RUNNING_STEPS
 
 # Of a prompt's end and of a completion's beginning, so that the panel stays within a small terminal.
@@ -40,7 +41,7 @@ class ConsoleObserver:
 
     def say(self, line: str) -> None:
         # A path or a prompt may look like markup ("[/]") or an emoji code (":100:"), and is shown as it is.
-        self.console.print(line, markup=False, emoji=False, soft_wrap=True)
+        self.console.print(shown(line), markup=False, emoji=False, soft_wrap=True)
 
     def on_step(self, metrics: dict[str, Any], generations: list[dict[str, Any]]) -> None:
         if self._first_step is None:
@@ -102,9 +103,8 @@ class ConsoleObserver:
         return Panel(Group(*parts), title=f"step {metrics['step']}/{self.max_steps}, {left} left", title_align="left")
 
     def _shown(self, text: str, lines: slice) -> str:
-        """Text of the model's for the terminal: without control codes, which could do anything to it."""
-        printable = "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text)
-        encodable = printable.encode(self.console.encoding, "replace").decode(self.console.encoding)
+        """Text of the model's for the terminal."""
+        encodable = shown(text).encode(self.console.encoding, "replace").decode(self.console.encoding)
         return "\n".join(encodable.splitlines()[lines])
 
 

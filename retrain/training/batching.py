@@ -51,7 +51,10 @@ def credit(
     advantages = group_advantages(rewards, lengths, mode=section.advantage_mode)
     trained = [p for p in range(len(groups)) if not (section.skip_uniform_groups and is_uniform(rewards[p]))]
     place_of = {p: place for place, p in enumerate(trained)}
-    members = [(p, g) for p in trained for g, advantage in enumerate(advantages[p]) if advantage is not None]
+    # A completion without a sampled token has nothing to train; its reward counts in its group all the same.
+    members = [
+        (p, g) for p in trained for g, advantage in enumerate(advantages[p]) if advantage is not None and lengths[p][g]
+    ]
     completions = [groups[p].completions[g] for p, g in members]
     planning = detect([completion.tokens_T for completion in completions])
     rollouts = tuple(

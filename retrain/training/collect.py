@@ -50,13 +50,13 @@ class Collector:
     data: DataConfig
     max_error_rate: float = 1.0
 
-    def collect(self, step: int, first_prompt: int, version: int, watch: Stopwatch) -> Collected:
+    def collect(self, step: int, first_prompt: int, version: int, watch: Stopwatch, batch_size: int) -> Collected:
         """Sample and score `batch_size` groups, starting at the run's prompt number `first_prompt`.
 
         With dynamic sampling (DAPO, arXiv 2503.14476), uniform groups are replaced by those of further prompts.
         Raises RewardsFailed where more than `max_error_rate` of the completions have no reward.
         """
-        wanted, rounds = self.training.batch_size, 1
+        wanted, rounds = batch_size, 1
         if self.algorithm.dynamic_sampling:
             rounds += self.algorithm.max_resample_rounds
         got = Collected([], [], first_prompt)

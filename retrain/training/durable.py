@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+_SEAL = "sha256"
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -31,6 +32,23 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_sealed_json(path: Path, value: dict[str, Any]) -> None:
+    """With the SHA-256 of itself as last key: `read_sealed_json` finds any change."""
+    write_json(path, value | {_SEAL: _digest(value)})
+
+
+def read_sealed_json(path: Path) -> dict[str, Any]:
+    """What `write_sealed_json` wrote. Raises OSError, and ValueError where it is not that."""
+    value = json.loads(path.read_bytes())
+    if not isinstance(value, dict) or value.pop(_SEAL, None) != _digest(value):
+        raise ValueError("it does not match its checksum")
+    return value
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, allow_nan=False).encode()).hexdigest()
 
 
 def sync_folder(folder: Path) -> None:
@@ -62,18 +80,18 @@ def seal(folder: Path, **facts: Any) -> None:
                 "bytes": path.stat().st_size,
                 "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
             }
-    write_json(folder / MANIFEST, facts | {"files": files})
+    write_sealed_json(folder / MANIFEST, facts | {"files": files})
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a sealed folder, or None: a missing manifest, a missing, truncated or altered file."""
     try:
-        files = json.loads((folder / MANIFEST).read_bytes())["files"]
+        files = read_sealed_json(folder / MANIFEST)["files"]
         expected = {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is unreadable"
+        return f"{MANIFEST} is unreadable or altered"
     return next(filter(None, (_file_damage(folder / name, *facts) for name, facts in expected.items())), None)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from retrain.environment import Outcome
 from retrain.streams import stream_key
 from retrain.training.metrics import CORRECT
 from retrain.training.rollouts import Rollouts
@@ -59,6 +60,20 @@ def rate_interval(values: Sequence[float]) -> Estimate:
     return Estimate(mean, max(0.0, center - half), min(1.0, center + half))
 
 
+def answered(
+    rollouts: Rollouts, places: Sequence[int], *, samples: int, temperature: float, seed: int, prompts_at_once: int
+) -> Iterator[list[Outcome]]:
+    """`samples` judged completions of each of the examples at `places`, in their order.
+
+    The same seed asks with the same noise every time, example by example.
+    """
+    for start in range(0, len(places), prompts_at_once):
+        part = places[start : start + prompts_at_once]
+        ids = [rollouts.examples[place].id for place in part]
+        keys = np.array([[stream_key(seed, "eval", key, g) for g in range(samples)] for key in ids], dtype=np.uint64)
+        yield from rollouts.groups(part, keys, temperature=temperature, watch=Stopwatch())
+
+
 def evaluate(
     rollouts: Rollouts,
     places: Sequence[int],
@@ -70,20 +85,17 @@ def evaluate(
 ) -> Evaluation:
     """`samples` judged completions of each of one or more examples, those at `places`.
 
-    pass@k for the powers of two up to `samples` and for `samples` itself. The same seed asks with the same noise every
-    time, example by example.
+    pass@k for the powers of two up to `samples` and for `samples` itself.
     """
     counts: list[tuple[int, int]] = []
     errors = tokens = 0
-    for start in range(0, len(places), prompts_at_once):
-        part = places[start : start + prompts_at_once]
-        ids = [rollouts.examples[place].id for place in part]
-        keys = np.array([[stream_key(seed, "eval", key, g) for g in range(samples)] for key in ids], dtype=np.uint64)
-        for outcomes in rollouts.groups(part, keys, temperature=temperature, watch=Stopwatch()):
-            values = [outcome.score.value for outcome in outcomes if outcome.score.value is not None]
-            errors += samples - len(values)
-            counts.append((len(values), sum(value > CORRECT for value in values)))
-            tokens += sum(len(outcome.completion) for outcome in outcomes)
+    for outcomes in answered(
+        rollouts, places, samples=samples, temperature=temperature, seed=seed, prompts_at_once=prompts_at_once
+    ):
+        values = [outcome.score.value for outcome in outcomes if outcome.score.value is not None]
+        errors += samples - len(values)
+        counts.append((len(values), sum(value > CORRECT for value in values)))
+        tokens += sum(len(outcome.completion) for outcome in outcomes)
     pass_at = {}
     for k in sorted({2**i for i in range(samples.bit_length())} | {samples}):
         rates = [pass_at_k(n, c, k) for n, c in counts if n >= k]

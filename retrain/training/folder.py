@@ -7,20 +7,24 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
-from retrain.training.checkpoint import CHECKPOINTS, TRAINER_STATE
-from retrain.training.records import numbered
-from retrain.types import ConfigError, RetrainError
+from retrain.redact import redact
+from retrain.training import durable
+from retrain.training.checkpoint import CHECKPOINTS, CONFIG, TRAINER_STATE
+from retrain.training.extent import Extent, verify
+from retrain.types import ConfigError
 
-CONFIG = "config.toml"
 METADATA = "metadata.json"
 METRICS = "metrics.jsonl"
 GENERATIONS = "generations.jsonl"
+CREDIT = "credit.jsonl"
+NONFINITE = "nonfinite.jsonl"
+RECORDS = (METRICS, GENERATIONS, CREDIT, NONFINITE)
 FINAL = "final"
 LOCK = ".lock"
 BEGINNING = ".beginning"
@@ -31,7 +35,7 @@ def holds_run(log_dir: Path) -> bool:
 
     A beginning that was cut short is no run: it has not one step, and the next one clears it.
     """
-    begun = any((log_dir / name).exists() for name in (CONFIG, METRICS, METADATA, CHECKPOINTS))
+    begun = any((log_dir / name).exists() for name in (CONFIG, METADATA, *RECORDS, TRAINER_STATE, CHECKPOINTS))
     return begun and not (log_dir / BEGINNING).exists()
 
 
@@ -42,8 +46,12 @@ def owner(log_dir: Path) -> int | None:
             if _lock(file, fcntl.LOCK_SH):
                 return None
             return int(file.read() or 0)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def in_use(log_dir: Path) -> ConfigError:
+    return ConfigError(f"{log_dir} is in use by process {owner(log_dir)}; give another --log-dir")
 
 
 class RunFolder:
@@ -55,12 +63,13 @@ class RunFolder:
     def __init__(self, log_dir: Path) -> None:
         self.path = log_dir
         self._streams: dict[str, FileIO] = {}
+        self._extents = {name: Extent() for name in RECORDS}
         try:
             log_dir.mkdir(parents=True, exist_ok=True)
             self._lock = (log_dir / LOCK).open("ab", buffering=0)
             if not _lock(self._lock, fcntl.LOCK_EX, attempts=20):
                 self._lock.close()
-                raise ConfigError(f"{log_dir} is in use by process {owner(log_dir)}; give another --log-dir")
+                raise in_use(log_dir)
             self._lock.truncate(0)
             self._lock.write(str(os.getpid()).encode())
         except OSError as error:
@@ -73,7 +82,7 @@ class RunFolder:
         """Around the first writes of a run, which mean nothing before all of them are there."""
         marker = self.path / BEGINNING
         if marker.exists():
-            for name in (CONFIG, METADATA, METRICS, GENERATIONS, TRAINER_STATE):
+            for name in (CONFIG, METADATA, *RECORDS, TRAINER_STATE):
                 (self.path / name).unlink(missing_ok=True)
             shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
         marker.touch()
@@ -86,18 +95,37 @@ class RunFolder:
         Raises ValueError, with no row written, for anything else, which would be a bug.
         Raises OSError when the disk is full; the file may then end in half a line, which a resume cuts off.
         """
-        text = "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
+        text = "".join(json.dumps(redact(row), allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
         if name not in self._streams:
             # Unbuffered: what could not be written must not be tried again when the file is closed.
             self._streams[name] = (self.path / name).open("ab", buffering=0)
         # A lone surrogate becomes its JSON escape: "\ud800".
         left = memoryview(text.encode("utf-8", "backslashreplace"))
         while left:
-            left = left[self._streams[name].write(left) :]
+            written = self._streams[name].write(left)
+            self._extents.setdefault(name, Extent()).grow(left[:written])
+            left = left[written:]
 
     def sync(self) -> None:
         for stream in self._streams.values():
             os.fsync(stream.fileno())
+
+    def extents(self) -> bytes:
+        """JSON: how long each record is, and its checksum; `adopt` goes back to that."""
+        return json.dumps({name: extent.facts for name, extent in self._extents.items()}, indent=2).encode()
+
+    def adopt(self, source: Path, extents: Mapping[str, Extent]) -> None:
+        """Take over the records of the run in `source`, or cut back one's own, to `extents` of `verify_records`."""
+        for name, extent in extents.items():
+            path = self.path / name
+            if extent.size and source.resolve() != self.path.resolve():
+                shutil.copyfile(source / name, path)
+            if path.exists():
+                with path.open("ab") as file:
+                    file.truncate(extent.size)
+                    os.fsync(file.fileno())
+        durable.sync_folder(self.path)
+        self._extents |= extents
 
     def close(self) -> None:
         for stream in self._streams.values():
@@ -105,31 +133,9 @@ class RunFolder:
         self._lock.close()
 
 
-def copy_records(source: Path, target: Path, *, up_to: int) -> None:
-    """Copy metrics and generations of steps <= `up_to`; with source == target, cut what lies past the checkpoint.
-
-    Raises RetrainError, before anything is written, for a line of those steps that is damaged.
-    """
-    ends = {name: _end_of_step(source / name, up_to) for name in (METRICS, GENERATIONS) if (source / name).exists()}
-    for name, end in ends.items():
-        if source.resolve() != target.resolve():
-            shutil.copyfile(source / name, target / name)
-        os.truncate(target / name, end)
-
-
-def _end_of_step(path: Path, last: int) -> int:
-    """Bytes of the lines that belong to steps <= `last`."""
-    end = step = 0
-    try:
-        for position, row in numbered(path):
-            if row["step"] > last:
-                break
-            end, step = position, row["step"]
-    except RetrainError:
-        # Lines past the checkpoint were never synced: a crash may have left anything there, and it is cut off.
-        if step < last:
-            raise
-    return end
+def verify_records(source: Path, facts: Mapping[str, Any]) -> dict[str, Extent]:
+    """The extents that a checkpoint recorded (`RunFolder.extents`). Raises RetrainError where a record is damaged."""
+    return {name: verify(source / name, each) for name, each in facts.items()}
 
 
 def _lock(file: IO[Any], kind: int, attempts: int = 1) -> bool:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from retrain.redact import redact
 from retrain.training import durable
 from retrain.training.folder import METADATA
 from retrain.types import ConfigError
@@ -36,6 +35,8 @@ def versions() -> dict[str, str | None]:
 
 
 def hardware() -> dict[str, Any]:
+    import torch
+
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "platform": platform.platform(),
@@ -63,11 +64,12 @@ def read_metadata(log_dir: Path) -> dict[str, Any]:
     """What an earlier session wrote; {} where there is no such file. Raises ConfigError where it cannot be read."""
     path = log_dir / METADATA
     try:
-        return json.loads(path.read_bytes())
+        return durable.read_sealed_json(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); move it away to go on without it") from None
+        aside = shlex.join(["mv", str(path), f"{path}.damaged"])
+        raise ConfigError(f"{path} is damaged ({error}). Move it away to go on without it: {aside}") from None
 
 
 class Metadata:
@@ -77,7 +79,7 @@ class Metadata:
         self.path = log_dir / METADATA
         earlier = read_metadata(log_dir)
         session: dict[str, Any] = {
-            "command": sys.argv,
+            "command": redact(sys.argv),
             "pid": os.getpid(),
             "start": now(),
             "end": None,
@@ -105,4 +107,4 @@ class Metadata:
         self.write()
 
     def write(self) -> None:
-        durable.write_json(self.path, self.content)
+        durable.write_sealed_json(self.path, self.content)

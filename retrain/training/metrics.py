@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from retrain.types import Group
+from retrain.types import Batch, Group, StepResult
 
 # Rewards are verdicts between wrong (0) and right (1); a graded one counts as right above the middle.
 CORRECT = 0.5
@@ -27,13 +28,28 @@ FROM_LEARNER = (
     "ratio_mean",
     "clip_fraction",
     "ref_kl",
+    "micro_batch_tokens",
 )
-BACKPRESSURE = ("bp_action", "bp_regime", "bp_p_star", "bp_sigma", "bp_kappa", "bp_throughput")
+# Of `retrain.backpressure.Controller`; null without it.
+BACKPRESSURE = tuple(
+    f"bp_{figure}"
+    for figure in ("action", "regime", "p", "p_star", "scale", "sigma", "kappa", "throughput", "roofline")
+)
 JUDGE = tuple(f"judge_{figure}" for figure in ("requests", "cached", "prompt_tokens", "completion_tokens", "latency_s"))
+# Of what a service was asked; null where there is none.
+SERVICE = ("service_requests", "service_retries", "service_rate_limits")
 # Of a step, timed: `<stage>_time_s`.
 STAGES = ("sample", "reward", "train", "sync")
 # What may differ between two runs that are otherwise equal bit for bit.
-MEASURED = (*(f"{stage}_time_s" for stage in STAGES), "step_time_s", "tokens_per_s", "peak_memory_bytes", *JUDGE)
+MEASURED = (
+    *(f"{stage}_time_s" for stage in STAGES),
+    "step_time_s",
+    "tokens_per_s",
+    "peak_memory_bytes",
+    *BACKPRESSURE,
+    *JUDGE,
+    *SERVICE,
+)
 
 
 @dataclass(frozen=True)
@@ -103,9 +119,40 @@ def step_metrics(
         "groups_all_wrong": summary.groups_all_wrong,
         "completion_tokens": summary.completion_tokens,
         "max_token_hit_rate": summary.max_token_hit_rate,
-        **dict.fromkeys((*BACKPRESSURE, *JUDGE)),
+        **dict.fromkeys((*BACKPRESSURE, *JUDGE, *SERVICE)),
         **facts,
     }
+
+
+def nonfinite_rows(
+    step: int, groups: Sequence[Group], members: Sequence[tuple[int, int]], batch: Batch, learned: StepResult
+) -> list[dict[str, Any]]:
+    """Lines of nonfinite.jsonl: the completions for which a step was skipped, with all that went into the learner.
+
+    members: (group, completion) of each rollout of `batch`. A sampler log-prob that is not finite is null.
+    """
+    rows = []
+    for place in learned.culprits:
+        (p, g), rollout = members[place], batch.rollouts[place]
+        group = groups[p]
+        rows.append(
+            {
+                "step": step,
+                "not_finite": learned.skipped,
+                "prompt_index": group.index,
+                "completion_index": g,
+                "prompt": group.example.prompt,
+                "completion": group.completions[g].text,
+                "reward": group.rewards_G[g],
+                "advantage": rollout.advantage,
+                "prompt_tokens": group.prompt_tokens.tolist(),
+                "tokens": rollout.tokens_T.tolist(),
+                "sampled": None if rollout.sampled_T is None else rollout.sampled_T.tolist(),
+                "planning": rollout.planning_T.tolist(),
+                "sampler_logprobs": [x if math.isfinite(x) else None for x in rollout.logprobs_T.tolist()],
+            }
+        )
+    return rows
 
 
 def generation_rows(

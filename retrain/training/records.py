@@ -33,6 +33,17 @@ def last_row(path: Path) -> dict[str, Any] | None:
             chunk *= 2
 
 
+def last_rows(path: Path, within: int) -> list[dict[str, Any]]:
+    """The complete lines that lie wholly within the last `within` bytes; none for a missing file."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        start = max(0, file.seek(0, 2) - within)
+        file.seek(start)
+        lines = file.read().split(b"\n")[0 if start == 0 else 1 : -1]
+    return [_parse(line, f"{path}: one of its last lines") for line in lines]
+
+
 def rows(path: Path) -> Iterator[dict[str, Any]]:
     """The complete lines in their order; none for a missing file."""
     return (row for _, row in numbered(path))

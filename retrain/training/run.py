@@ -5,31 +5,41 @@ from __future__ import annotations
 import logging
 import secrets
 import shutil
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from retrain import planning
 from retrain.algorithm.sepa import SepaController
 from retrain.backend import open_backend
-from retrain.config import check_available, dump_toml, without_effect
-from retrain.inference import ServerLost
-from retrain.training import checkpoint, durable
-from retrain.training.checkpoint import Checkpoint, TrainerState
-from retrain.training.collect import Collector, RewardsFailed
+from retrain.backend.devices import is_out_of_memory
+from retrain.backpressure import open_controller
+from retrain.config import check_available, run_kind
+from retrain.redact import redact
+from retrain.training import checkpoint, durable, health
+from retrain.training.checkpoint import TrainerState
+from retrain.training.collect import Collector
+from retrain.training.credit_samples import open_credit_rows
 from retrain.training.evaluate import Evaluation
-from retrain.training.folder import CONFIG, FINAL, METRICS, RunFolder, copy_records
+from retrain.training.folder import CONFIG, FINAL, METRICS, RunFolder
 from retrain.training.heldout import evaluate_held_out
 from retrain.training.interrupt import Interrupted, Interrupts
-from retrain.training.loop import Observer, Run, run_steps, save
+from retrain.training.loop import NotSaved, Observer, Run, Tracker, run_steps, save
 from retrain.training.metadata import Metadata
 from retrain.training.records import last_row
 from retrain.training.source import load_dataset, open_source
-from retrain.training.start import changed_keys, find_start, is_finished, resume_hint, same_folder
-from retrain.types import RetrainError
+from retrain.training.start import (
+    Start,
+    describe,
+    find_start,
+    is_finished,
+    recheck,
+    resolved_toml,
+    resume_hint,
+)
+from retrain.types import ConfigError, RetrainError
 
 if TYPE_CHECKING:
     from retrain.config import Config
@@ -50,34 +60,44 @@ class LogObserver:
     log = logging.getLogger("retrain")
 
     def say(self, line: str) -> None:
-        self.log.info(line)
+        self.log.info(redact(line))
 
     def on_step(self, metrics: dict[str, Any], generations: list[dict[str, Any]]) -> None:
         self.log.info("step %d: correct rate %s, loss %s", metrics["step"], metrics["correct_rate"], metrics["loss"])
 
 
-def train(config: Config, *, observer: Observer | None = None) -> TrainResult:
+def train(config: Config, *, observer: Observer | None = None, trackers: Sequence[Tracker] = ()) -> TrainResult:
     """Run the training that `config` describes, from the start or from `[resume] from`, to `max_steps`.
 
+    trackers: are told as well; `retrain.train` opens those that `config` names.
     Raises ConfigError before anything is written, RetrainError when the run fails, Interrupted (after a checkpoint)
     when SIGINT or SIGTERM stopped it.
     """
     observer = observer or LogObserver()
+    if config.campaign is not None:
+        raise ConfigError("[campaign]: many runs, not one; start it with `retrain CONFIG.toml`")
+    if run_kind(config) == "squeeze":
+        raise ConfigError("[squeeze] without [training]: nothing to train; call retrain.squeeze, or add [training]")
     check_available(config)
     log_dir = Path(config.logging.log_dir)
     start = find_start(config, log_dir, observer.say)
-    if start is not None and start.state.step >= config.training.max_steps and is_finished(log_dir, start):
-        observer.say(f"{log_dir} is finished: it has {start.state.step} steps. Raise --max-steps to go on")
-        return TrainResult(log_dir, start.state.step, last_row(log_dir / METRICS))
+    if start is not None:
+        observer.say(describe(start, log_dir))
+        if start.state.step >= config.training.max_steps and is_finished(log_dir, start, observer.say):
+            observer.say(f"{log_dir} is finished: it has {start.state.step} steps. Raise --max-steps to go on")
+            return TrainResult(log_dir, start.state.step, last_row(log_dir / METRICS))
     with Interrupts() as interrupts, ExitStack() as opened:
         with interrupts.anywhere():
             run = open_run(config, start, interrupts, observer, opened)
+            run.trackers = trackers
         try:
             return _finish(run, _begin(run, start))
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise RetrainError(
                 "out of memory on the device. In training, lower training.micro_batch_tokens; in sampling, "
-                f"batch_size, group_size or max_tokens. {resume_hint(log_dir)}"
+                f"{_batch_key(config)}, group_size or max_tokens. {resume_hint(log_dir)}"
             ) from error
         except OSError as error:
             raise RetrainError(
@@ -86,22 +106,17 @@ def train(config: Config, *, observer: Observer | None = None) -> TrainResult:
             ) from error
 
 
-def open_run(
-    config: Config, start: Checkpoint | None, interrupts: Interrupts, observer: Observer, opened: ExitStack
-) -> Run:
+def open_run(config: Config, start: Start | None, interrupts: Interrupts, observer: Observer, opened: ExitStack) -> Run:
     """Load everything, then take the run folder: what is wrong with the input shows before anything is written.
 
     opened: closes what is opened here.
     """
     log_dir = Path(config.logging.log_dir)
-    for line in without_effect(config):
-        observer.say(line)
-    if config.training.group_size == 1:
-        observer.say("training.group_size = 1: a group of one has nothing to compare with, every advantage is 0")
+    _warn_at_load(config, observer.say)
     state = start.state if start else TrainerState(seed=_seed(config))
     evaluates = config.eval.every > 0
     dataset = load_dataset(config, evaluates=evaluates, say=observer.say)
-    backend = open_backend(config, seed=state.seed, say=observer.say)
+    backend = open_backend(_fitting(config, state, observer.say), seed=state.seed, say=observer.say)
     source = open_source(config, dataset, backend, evaluates=evaluates, say=observer.say, opened=opened)
 
     def evaluate_now() -> Evaluation:
@@ -123,6 +138,7 @@ def open_run(
     section = {key: getattr(config.sepa, key) for key in type(config.sepa).model_fields}
     folder = RunFolder(log_dir)
     opened.callback(folder.close)
+    recheck(config, start, log_dir)
     return Run(
         config=config,
         state=state,
@@ -142,35 +158,62 @@ def open_run(
         interrupts=interrupts,
         observer=observer,
         evaluate=evaluate_now,
+        credit_rows=open_credit_rows(backend.tokenizer, config.logging.credit_samples),
+        backpressure=open_controller(config, state.backpressure),
+        recorded_step=state.step,
     )
 
 
-def _begin(run: Run, start: Checkpoint | None) -> Metadata:
-    """First writes. In place: the records are cut back to the checkpoint. Else: the checkpoint of the first step, so
-    that a run can go on from its very beginning, wherever it is killed."""
-    config, log_dir = run.config, run.folder.path
-    if start is not None and same_folder(start.log_dir, log_dir):
-        resumed = _resumed(config, start)
-        copy_records(log_dir, log_dir, up_to=start.state.step)
-        checkpoint.discard_after(log_dir, start.state.step)
+def _warn_at_load(config: Config, say: Callable[[str], None]) -> None:
+    lines = health.at_load(config)
+    if lines and config.training.strict:
+        raise ConfigError("\n".join(f"{line} (training.strict = true)" for line in lines))
+    for line in lines:
+        say(line)
+
+
+def _fitting(config: Config, state: TrainerState, say: Callable[[str], None]) -> Config:
+    """With the micro_batch_tokens that memory sufficed for before, unless another value is configured since."""
+    configured = config.training.micro_batch_tokens
+    if state.fitting is None or state.fitting["configured"] != configured:
+        state.fitting = None
+        return config
+    fits = state.fitting["fits"]
+    say(f"training.micro_batch_tokens = {configured} did not fit into memory before: going on with {fits}")
+    training = config.training.model_copy(update={"micro_batch_tokens": fits})
+    return config.model_copy(update={"training": training})
+
+
+def _begin(run: Run, start: Start | None) -> Metadata:
+    """First writes. In place: what lies past the checkpoint goes, the records last, which the later checkpoints need.
+    Else: the checkpoint of the first step, so that a run can go on from its very beginning, wherever it is killed."""
+    resumed = {"from": str(start.folder), "changed": start.changed} if start else None
+    _start_trackers(run, forked=start is None or not start.in_place)
+    if start is not None and start.in_place:
+        checkpoint.go_back(run.folder.path, start.state.step)
+        checkpoint.prune(run.folder.path, run.config.training.keep_checkpoints)
+        run.folder.adopt(start.log_dir, start.extents)
         run.saved_step = start.state.step
         return _describe(run, resumed)
     with run.folder.beginning():
         if start is not None:
-            copy_records(start.log_dir, log_dir, up_to=start.state.step)
+            run.folder.adopt(start.log_dir, start.extents)
         save(run)
-        return _describe(run, _resumed(config, start) if start else None)
+        return _describe(run, resumed)
 
 
-def _resumed(config: Config, start: Checkpoint) -> dict[str, Any]:
-    return {"from": str(start.folder), "changed": changed_keys(config, start)}
+def _start_trackers(run: Run, *, forked: bool) -> None:
+    """A run that goes on keeps its id at wandb; one in another folder is another run."""
+    if run.config.logging.wandb_project:
+        run.state.wandb_run_id = (None if forked else run.state.wandb_run_id) or secrets.token_hex(4)
+    for tracker in run.trackers:
+        tracker.start(run.config, run.state.step, run.state.wandb_run_id)
 
 
 def _describe(run: Run, resumed: dict[str, Any] | None) -> Metadata:
     """Write the resolved config and the metadata."""
     config, log_dir = run.config, run.folder.path
-    resolved = config.model_copy(update={"resume": type(config.resume)()})
-    durable.write_bytes(log_dir / CONFIG, dump_toml(resolved).encode())
+    durable.write_bytes(log_dir / CONFIG, resolved_toml(config))
     facts = {
         "condition": config.algorithm.condition,
         "seed": run.state.seed,
@@ -186,26 +229,43 @@ def _describe(run: Run, resumed: dict[str, Any] | None) -> Metadata:
 def _finish(run: Run, metadata: Metadata) -> TrainResult:
     log_dir, status = run.folder.path, "failed"
     try:
-        run_steps(run)
+        _train(run)
         save(run)
         _write_final(run)
         if run.backend.base_digest() != metadata.content["base_sha256"]:
             raise RetrainError("the base model's weights changed during the run: its results are void")
         status = "finished"
-    except (ServerLost, RewardsFailed) as error:
-        # Completions are sampled and judged at the beginning of a step only: the state is that of the last one.
-        save(run)
-        written = f"Checkpoint of step {run.state.step} written. {resume_hint(log_dir)}"
-        raise type(error)(f"{error}\n{written}") from error
     except Interrupted:
         save(run)
         status = "interrupted"
         raise Interrupted(f"stopped after step {run.state.step}; checkpoint written. {resume_hint(log_dir)}") from None
     finally:
+        for tracker in run.trackers:
+            tracker.finish(status)
         # A disk that is full must not hide the error that says so.
         with suppress(OSError):
             metadata.close(step=run.state.step, status=status)
     return TrainResult(log_dir, run.state.step, last_row(log_dir / METRICS))
+
+
+def _train(run: Run) -> None:
+    """The loop; what ends it before its time leaves a checkpoint of the last finished step, and removes none."""
+    try:
+        run_steps(run)
+    except NotSaved:
+        raise
+    except RetrainError as error:
+        hint = resume_hint(run.folder.path)
+        # Not where it failed between the update and the records, in an evaluation: that step can only be done again.
+        if run.recorded_step == run.state.step:
+            save(run, prune=False)
+            hint = f"Checkpoint of step {run.state.step} written. {hint}"
+        raise type(error)(f"{error}\n{hint}") from error
+
+
+def _batch_key(config: Config) -> str:
+    """The key that bounds the prompts of a step."""
+    return "backpressure.max_batch_size" if config.backpressure.enabled else "batch_size"
 
 
 def _seed(config: Config) -> int:

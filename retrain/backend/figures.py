@@ -1,0 +1,97 @@
+"""What a training step reports: figures made of the per-token records of its micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retrain.backend.packing import MicroBatch
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Per-token records of one micro-batch, detached: what a step's figures are made of.
+
+    entropy_N: None where the backend does not know it.
+    """
+
+    micro: MicroBatch
+    entropy_N: Tensor | None
+    uncertainty_N: Tensor
+    advantages_N: Tensor
+    gap_N: Tensor
+
+
+def logprob_gap(passes: Sequence[Pass]) -> dict[str, float]:
+    """Distance of the trainer's log-probs from the sampler's, in nats."""
+    gap = torch.cat([record.gap_N for record in passes])
+    return {"logprob_gap_mean": gap.mean().item(), "logprob_gap_max": gap.max().item()}
+
+
+def combined(updates: Sequence[dict[str, float]]) -> dict[str, float | None]:
+    """Step metrics from the updates of a step: means over updates, ratios over all tokens.
+
+    A backend may not know the norm of the gradient; the updates are then without it.
+    """
+    norms = [update["grad_norm"] for update in updates if "grad_norm" in update]
+    tokens = sum(update["tokens"] for update in updates)
+    return {
+        "loss": sum(update["loss"] for update in updates) / len(updates),
+        "grad_norm": sum(norms) / len(norms) if norms else None,
+        "ratio_mean": sum(update["ratio_sum"] for update in updates) / tokens,
+        "clip_fraction": sum(update["clipped_sum"] for update in updates) / tokens,
+        "ref_kl": sum(update["ref_kl_sum"] for update in updates) / tokens if "ref_kl_sum" in updates[0] else None,
+    }
+
+
+def uncertainty_summary(passes: Sequence[Pass]) -> tuple[tuple[float, float], ...]:
+    """(mean, max) of each rollout's token uncertainty, in the order of the batch."""
+    found = {}
+    for record in passes:
+        lengths = (record.micro.cu_seqlens[1:] - record.micro.cu_seqlens[:-1]).tolist()
+        for member, values in zip(record.micro.members, record.uncertainty_N.cpu().split(lengths), strict=True):
+            found[member] = (values.mean().item(), values.max().item())
+    return tuple(found[member] for member in sorted(found))
+
+
+def credit_of_tokens(passes: Sequence[Pass]) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """(advantages, uncertainty) of each rollout's tokens, in the order of the batch."""
+    found = {}
+    for record in passes:
+        ends = record.micro.cu_seqlens[1:-1].cpu().numpy()
+        advantages = np.split(record.advantages_N.float().cpu().numpy(), ends)
+        uncertainty = np.split(record.uncertainty_N.float().cpu().numpy(), ends)
+        found |= zip(record.micro.members, zip(advantages, uncertainty, strict=True), strict=True)
+    return tuple(found[member] for member in sorted(found))
+
+
+def token_statistics(passes: Sequence[Pass]) -> dict[str, float | None]:
+    """Entropy of all, of execution and of planning tokens; None where there is no such token, or it is not known.
+
+    Variances: population.
+    """
+    entropies = [record.entropy_N for record in passes if record.entropy_N is not None]
+    entropy = torch.cat(entropies).cpu().double() if entropies else None
+    uncertainty = torch.cat([record.uncertainty_N for record in passes]).cpu().double()
+    planning = torch.cat([record.micro.planning_N for record in passes]).cpu()
+
+    def moments(values: Tensor | None, mask: Tensor | None = None) -> tuple[float | None, float | None]:
+        chosen = values[mask] if values is not None and mask is not None else values
+        if chosen is None or not len(chosen):
+            return None, None
+        return chosen.mean().item(), chosen.var(correction=0).item()
+
+    execution, plan = moments(entropy, ~planning), moments(entropy, planning)
+    return {
+        "entropy_mean": moments(entropy)[0],
+        "exec_entropy_mean": execution[0],
+        "exec_entropy_var": execution[1],
+        "plan_entropy_mean": plan[0],
+        "plan_entropy_var": plan[1],
+        "planning_fraction": planning.double().mean().item(),
+        "exec_uncertainty_var": moments(uncertainty[~planning])[1],
+    }
