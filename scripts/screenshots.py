@@ -1,5 +1,7 @@
 """The pictures of docs/images, of a campaign or a folder of runs: python scripts/screenshots.py LOG_DIR
 
+The live view with --live, while the runs run; the report without, when they are finished.
+
 Needs playwright and a Chromium (scripts/install_chromium.sh).
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 import shutil
 import sys
 import tempfile
@@ -33,15 +36,17 @@ MOST_BYTES = 300_000
 
 
 def shoot(context: BrowserContext, page_file: Path, out: Path, *, size: tuple[int, int], scheme: str, at: str) -> None:
-    """A picture of the part of the page that begins with the element `at`, which the pointer is on."""
+    """A picture of the part of the page that begins with the element `at`; of the completions, the last run's."""
     page = context.new_page()
     page.set_viewport_size({"width": size[0], "height": size[1]})
     page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
     page.goto(page_file.as_uri())
     page.evaluate("(at) => document.querySelector(at).scrollIntoView()", at)
-    token = page.locator(".tokens .planning, .tokens span").first
-    if at == "#completions" and token.count():
-        token.dispatch_event("click")
+    if at == "#completions":
+        run = page.locator("#run")
+        run.select_option(index=run.locator("option").count() - 1)
+        planning = page.locator(".tokens .planning")
+        (planning if planning.count() else page.locator(".tokens span")).first.dispatch_event("click")
     page.wait_for_timeout(200)
     page.screenshot(path=out)
     page.close()
@@ -50,33 +55,42 @@ def shoot(context: BrowserContext, page_file: Path, out: Path, *, size: tuple[in
 def live_view(folder: Path, out: Path) -> None:
     console = Console(width=132, record=True, file=io.StringIO(), force_terminal=True)
     console.print(Watcher(folder).screen(40))
-    console.save_svg(str(out), title=f"retrain status {folder.name} --watch")
+    svg = console.export_svg(title=f"retrain status {folder} --watch")
+    # The reader's own fonts: a picture fetches nothing.
+    out.write_text(re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL), encoding="utf-8")
+
+
+def report(folder: Path) -> int:
+    program = next(filter(None, map(shutil.which, NAMES)), None)
+    if program is None:
+        print("no Chromium on PATH: scripts/install_chromium.sh", file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory() as temporary, sync_playwright() as playwright:
+        page = write_report(folder, Path(temporary) / "report.html")
+        profile = Path(temporary) / "profile"
+        context = playwright.chromium.launch_persistent_context(
+            profile, executable_path=program, headless=True, args=FLAGS
+        )
+        shoot(context, page, IMAGES / "report.png", size=(1180, 900), scheme="light", at="body")
+        shoot(context, page, IMAGES / "report-phone.png", size=(390, 844), scheme="dark", at="#completions")
+        shoot(context, page, IMAGES / "report-credit.png", size=(1180, 620), scheme="light", at="#completions")
+        context.close()
+    return 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Write the pictures of docs/images.")
     parser.add_argument("folder", type=Path, help="a campaign, or a folder of runs")
-    folder = parser.parse_args().folder
-    program = next(filter(None, map(shutil.which, NAMES)), None)
-    if program is None:
-        print("no Chromium on PATH: scripts/install_chromium.sh", file=sys.stderr)
-        return 1
+    parser.add_argument("--live", action="store_true", help="the live view, not the report")
+    arguments = parser.parse_args()
     IMAGES.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as temporary, sync_playwright() as playwright:
-        report = write_report(folder, Path(temporary) / "report.html")
-        profile = Path(temporary) / "profile"
-        context = playwright.chromium.launch_persistent_context(
-            profile, executable_path=program, headless=True, args=FLAGS
-        )
-        shoot(context, report, IMAGES / "report.png", size=(1180, 900), scheme="light", at="body")
-        shoot(context, report, IMAGES / "report-phone.png", size=(390, 844), scheme="dark", at="#completions")
-        shoot(context, report, IMAGES / "report-credit.png", size=(1180, 620), scheme="light", at="#completions")
-        context.close()
-    live_view(folder, IMAGES / "status-watch.svg")
-    large = [path for path in IMAGES.iterdir() if path.stat().st_size > MOST_BYTES]
-    for path in sorted(IMAGES.iterdir()):
-        print(f"{path}: {path.stat().st_size:,} bytes")
-    return 1 if large else 0
+    if arguments.live:
+        live_view(arguments.folder, IMAGES / "status-watch.svg")
+    elif status := report(arguments.folder):
+        return status
+    sizes = {path.name: path.stat().st_size for path in sorted(IMAGES.iterdir())}
+    print("\n".join(f"{name}: {size:,} bytes" for name, size in sizes.items()))
+    return int(max(sizes.values()) > MOST_BYTES)
 
 
 if __name__ == "__main__":

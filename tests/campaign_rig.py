@@ -20,6 +20,10 @@ advantage_mode = "grpo"
 transform_mode = "none"
 [[campaign.conditions]]
 name = "sepa"
+"""
+BROKEN = """
+[campaign]
+seeds = [11]
 [[campaign.conditions]]
 name = "broken"
 overrides = { "model.model" = "./nothing-here" }

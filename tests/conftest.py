@@ -6,12 +6,17 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Triton reads this when it is first imported. Without a GPU the kernels are interpreted; with one they are compiled.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import tiny_models as models
+
+# HYPOTHESIS_PROFILE=long tries far more cases; see `learner_cases` for those that say how many they need.
+settings.register_profile("long", max_examples=5000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(scope="session", autouse=True)

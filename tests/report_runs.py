@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from retrain.campaign.results import MEASURES, compare
 from retrain.config import dump_toml
 from retrain.config.build import build
 
+# The last tenth's correct rate of each condition by seed, as results.json of `make_campaign` has it.
+MEASURED = ({1: 0.5, 2: 0.52, 3: 0.54}, {1: 0.48, 2: 0.55, 3: 0.56})
 HOSTILE = '</script><img src=x onerror="document.title=1"><!--&lt;script>alert(1)</script>'
 
 
@@ -20,7 +23,7 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 def metrics_row(step: int, **keys: Any) -> dict[str, Any]:
     return {
         "step": step,
-        "condition": "grpo+none",
+        "condition": "grpo+gtpo_sepa",
         "loss": -0.1 * step,
         "grad_norm": 0.5,
         "mean_reward": 0.5,
@@ -82,12 +85,12 @@ def make_run(
         "training.max_steps": steps,
         "model.model": "builtin:tiny",
         "algorithm.advantage_mode": mode,
-        "algorithm.transform_mode": "none",
+        "algorithm.transform_mode": "gtpo_sepa",
         "data.source": "arithmetic",
         "logging.log_dir": str(log_dir),
     }
     (log_dir / "config.toml").write_text(dump_toml(build({}, values | (overrides or {}))), encoding="utf-8")
-    facts = {"condition": f"{mode}+none", "model": "builtin:tiny", "sessions": [{"status": status}]}
+    facts = {"condition": f"{mode}+gtpo_sepa", "model": "builtin:tiny", "sessions": [{"status": status}]}
     (log_dir / "metadata.json").write_text(json.dumps(facts))
     write_lines(log_dir / "metrics.jsonl", [row(step) for step in range(1, steps + 1)])
     default = [generation_row(step, step % 2, 10 + step) for step in range(1, steps + 1)]
@@ -96,13 +99,9 @@ def make_run(
     return log_dir
 
 
-def estimate(n: int, mean: float | None, low: float | None, high: float | None) -> dict[str, Any]:
-    return {"n": n, "mean": mean, "sd": None, "low": low, "high": high}
-
-
 def make_campaign(folder: Path, *, seeds: tuple[int, ...] = (1, 2, 3), **keys: Any) -> Path:
     """Two conditions; maxrl's rates are a tenth above grpo's, and seeds differ."""
-    conditions = ["grpo+none", "maxrl+none"]
+    conditions = ["grpo+gtpo_sepa", "maxrl+gtpo_sepa"]
     runs = {}
     for name in conditions:
         for seed in seeds:
@@ -117,32 +116,15 @@ def make_campaign(folder: Path, *, seeds: tuple[int, ...] = (1, 2, 3), **keys: A
             runs[f"{name}_s{seed}"] = {"condition": name, "seed": seed, "state": "finished"}
     manifest = {"conditions": conditions, "seeds": list(seeds), "runs": runs, "squeeze": None}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    measure = {
-        "title": "correct rate, mean of the last tenth of the steps",
-        "conditions": {
-            "grpo+none": estimate(3, 0.52, 0.495, 0.545) | {"seeds": [1, 2, 3]},
-            "maxrl+none": estimate(3, 0.62, 0.595, 0.645) | {"seeds": [1, 2, 3]},
-        },
-        "comparisons": {
-            "maxrl+none": estimate(3, 0.01, -0.02, 0.04)
-            | {
-                "p_t": 0.3,
-                "p_t_holm": 0.3,
-                "p_flip": 0.25,
-                "p_flip_holm": 0.25,
-                "seeds_needed": 1234,
-                "verdict": "cannot tell",
-            }
-        },
-    }
+    measure = {"title": MEASURES["last_tenth"], **compare(dict(zip(conditions, MEASURED, strict=True)))}
     results = {
-        "baseline": "grpo+none",
+        "baseline": "grpo+gtpo_sepa",
         "conditions": conditions,
         "seeds": list(seeds),
         "confidence": 0.95,
         "power": 0.8,
         "difference": 0.01,
-        "missing": {"maxrl+none_s9": "failed"},
+        "missing": {"maxrl+gtpo_sepa_s9": "failed"},
         "measures": {"last_tenth": measure},
     }
     (folder / "results.json").write_text(json.dumps(results))

@@ -101,7 +101,7 @@ def harm(run, step, damage):
 
 DAMAGES = {
     "no manifest": "manifest.json is missing",
-    "manifest cut short": "manifest.json is unreadable",
+    "manifest cut short": "manifest.json is unreadable or altered",
     "truncated": "adapter.bin has",
     "zero length": "adapter.bin has 0 of",
     "bit flipped": "adapter.bin does not match its checksum",
@@ -159,7 +159,7 @@ def test_the_process_dies_at_any_call(run):
         reached.append(found.state.step)
         assert_whole(found, reached[-1])
         assert said == []
-        checkpoint.discard_after(run, 6)
+        checkpoint.go_back(run, 6)
         assert names(run) == ["step_000002", "step_000004", "step_000006"]
         write(run, 6)
     assert set(reached) == {6, 8}
@@ -235,7 +235,25 @@ def test_damage_to_the_named_one_is_named_and_a_good_one_offered(run, damage):
 def test_no_good_one_is_left(run):
     for step in (2, 4, 6):
         harm(run, step, "truncated")
-    assert "No good one before it is left" in refusal(run)
+    message = refusal(run)
+    assert "No good one is left" in message
+    assert message.endswith(f"Start anew with: retrain {run}/config.toml --log-dir {run}-again")
+
+
+def test_a_newer_one_is_offered_where_no_older_one_is_good(run):
+    harm(run, 2, "truncated")
+    assert refusal(folder(run, 2)).endswith(f"--resume {folder(run, 6)}")
+
+
+def test_the_copy_of_the_config_takes_the_place_of_a_lost_one(run):
+    checkpoint.write(run, state(8), save(8), keep=0, beside={"config.toml": b"[training]\n"})
+    spare = folder(run, 8) / "config.toml"
+    assert checkpoint.spare_config(run) == spare
+    assert checkpoint.go_on(run) == f"Go on with: retrain {spare} --resume {run}"
+    (run / "config.toml").write_text("")
+    assert checkpoint.go_on(run) == f"Go on with: retrain {run}/config.toml --resume {run}"
+    spare.write_text("altered")
+    assert "config.toml has 7 of 11 bytes" in refusal(run)
 
 
 @pytest.mark.parametrize(
@@ -248,8 +266,10 @@ def test_no_good_one_is_left(run):
         b"{}",
         b"\xff",
         b'{"checkpoint": 6}',
-        b'{"checkpoint": "checkpoints/latest"}',
-        b'{"checkpoint": ""}',
+        b'{"checkpoint": "checkpoints/latest", "step": 6}',
+        b'{"checkpoint": "checkpoints/step_000006"}',
+        b'{"checkpoint": "checkpoints/step_000006", "step": 4}',
+        b'{"checkpoint": "checkpoints/step_000006", "step": "6"}',
     ],
 )
 def test_trainer_state_is_missing_or_garbage(run, content):
@@ -258,11 +278,13 @@ def test_trainer_state_is_missing_or_garbage(run, content):
     if content is not None:
         (run / TRAINER_STATE).write_bytes(content)
     assert checkpoint.named(run) is None
-    assert_whole(find(run)[0], 6)
+    found, said = find(run)
+    assert_whole(found, 6)
+    assert said == [f"{run / TRAINER_STATE} is missing or damaged: going by the newest complete checkpoint"]
     harm(run, 6, "zero length")
     found, said = find(run)
     assert_whole(found, 4)
-    assert str(folder(run, 6)) in said[0]
+    assert str(folder(run, 6)) in said[1]
     harm(run, 4, "no manifest")
     harm(run, 2, "no manifest")
     message = refusal(run)
@@ -311,12 +333,31 @@ def test_a_checkpoint_of_another_version(run):
 # ---------------------------------------------------------------- going on
 
 
-def test_discard_after(run):
+def test_go_back(run):
     (run / CHECKPOINTS / ".unfinished_step_000008").mkdir()
-    checkpoint.discard_after(run, 4)
+    checkpoint.go_back(run, 4)
     assert names(run) == ["step_000002", "step_000004"]
-    checkpoint.discard_after(run, 100)
-    assert names(run) == ["step_000002", "step_000004"]
+    assert_whole(find(run)[0], 4)
+
+
+def test_the_process_dies_while_it_goes_back(run):
+    """Then it goes on from the checkpoint that it wanted, or from the one that it had: with what either needs."""
+    reached = []
+    for _ in dying_everywhere(lambda _: checkpoint.go_back(run, 2)):
+        found, _ = find(run)
+        reached.append(found.state.step)
+        assert_whole(found, reached[-1])
+        write(run, 2, 4, 6)
+    assert reached == sorted(reached, reverse=True)
+    assert {4, 6} <= set(reached)
+    assert_whole(find(run)[0], 2)
+
+
+def test_prune(run):
+    checkpoint.prune(run, 0)
+    assert names(run) == ["step_000002", "step_000004", "step_000006"]
+    checkpoint.prune(run, 2)
+    assert names(run) == ["step_000004", "step_000006"]
 
 
 def test_what_somebody_put_beside_the_checkpoints_is_left_alone(run):
@@ -324,6 +365,6 @@ def test_what_somebody_put_beside_the_checkpoints_is_left_alone(run):
     shutil.copytree(folder(run, 2), run / CHECKPOINTS / "step_000006_before_the_crash")
     shutil.copytree(folder(run, 2), run / CHECKPOINTS / "step_best")
     assert_whole(find(run)[0], 6)
-    checkpoint.discard_after(run, 4)
+    checkpoint.go_back(run, 4)
     write(run, 6, keep=1)
     assert names(run) == ["step_000006", "step_000006_before_the_crash", "step_best"]

@@ -114,7 +114,6 @@ def test_ready(ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("flags", "subject", "detail"),
     [
-        (["--backend", "tinker"], "config", "not available yet"),
         (["--devices", "gpu:77"], "device", "gpu:77"),
         (["--model", "./nothing"], "model", "no such folder"),
         (["--source", "nothing.jsonl"], "data", "no such file"),

@@ -48,11 +48,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_public_names() -> None:
     assert set(retrain.__all__) == {
-        *("Config", "ConfigError", "RetrainError", "__version__", "load_config", "planning", "reward", "train")
+        *("Config", "ConfigError", "RetrainError", "__version__", "load_config", "train"),
+        *("backpressure", "planning", "reward", "squeeze"),
     }
     assert retrain.load_config.__module__ == "retrain.config.load"
     assert retrain.ConfigError.__module__ == "retrain.types"
-    assert retrain.train.__module__ == "retrain.training.run"
+    assert retrain.train.__module__ == "retrain.tracking"
     assert retrain.planning.__name__ == "retrain.planning"
     assert retrain.reward.__name__ == "retrain.reward"
     assert set(retrain.__all__) <= set(dir(retrain))

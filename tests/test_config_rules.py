@@ -54,6 +54,11 @@ AVAILABLE = {"data__source": "arithmetic"}
             "backpressure.min_batch_size = 5: must not be above max_batch_size (4)",
         ),
         (
+            {"backpressure__enabled": True, "loss__minibatches": 17},
+            "loss.minibatches = 17: must not be more than the completions of the smallest step "
+            "(backpressure.min_batch_size * training.group_size = 16)",
+        ),
+        (
             {"backpressure__enabled": True, "backpressure__max_batch_size": 4},
             "training.batch_size = 8: must lie within backpressure.min_batch_size and max_batch_size (1 to 4)",
         ),
@@ -61,6 +66,26 @@ AVAILABLE = {"data__source": "arithmetic"}
         ({"squeeze__target_ranks": [4, 4]}, "squeeze.target_ranks: names a rank twice"),
         ({"squeeze__target_ranks": [9], "squeeze__source_rank": 8}, "squeeze.target_ranks: no rank may be above"),
         ({"squeeze__compress_to": 9, "squeeze__source_rank": 8}, "squeeze.compress_to = 9: must not be above"),
+        ({"squeeze__compress_to": 4, "squeeze__per_layer": True}, "squeeze.compress_to = 4: with per_layer the ranks"),
+        ({"squeeze__at_steps": [5]}, "squeeze.at_steps and squeeze.to_ranks: name 1 steps and 0 ranks"),
+        ({"squeeze__at_steps": [0], "squeeze__to_ranks": [4]}, "squeeze.at_steps: must rise, from 1 on"),
+        ({"squeeze__at_steps": [5, 5], "squeeze__to_ranks": [4, 2]}, "squeeze.at_steps: must rise, from 1 on"),
+        ({"squeeze__at_steps": [5], "squeeze__to_ranks": [32]}, "squeeze.to_ranks: must fall, from below model."),
+        ({"squeeze__at_steps": [5, 9], "squeeze__to_ranks": [4, 4]}, "squeeze.to_ranks: must fall, from below"),
+        ({"squeeze__at_steps": [5], "squeeze__to_ranks": [0]}, "squeeze.to_ranks: must fall, from below"),
+        (
+            {"squeeze__at_steps": [5], "squeeze__to_ranks": [4], "training__max_steps": 4},
+            "squeeze.at_steps: no step may lie after the last one (4)",
+        ),
+        (
+            {
+                "squeeze__at_steps": [5],
+                "squeeze__to_ranks": [4],
+                "backend__backend": "tinker",
+                "training__temperature": 1.0,
+            },
+            'squeeze.at_steps: the adapter of backend.backend = "tinker" has the rank it begins with',
+        ),
         ({"campaign__seeds": []}, "campaign.seeds: must name at least one seed"),
         ({"campaign__seeds": [1, 1]}, "campaign.seeds: names a seed twice"),
         ({"campaign__seeds": [-1]}, "campaign.seeds: every seed must be >= 0"),
@@ -84,7 +109,7 @@ def test_refused_combination(values: dict[str, Any], expected: str) -> None:
         {"loss__minibatches": 128},
         {"training__warmup_steps": 900},
         {"eval__samples": 4, "eval__temperature": 0.7},
-        {"model__base_url": "https://x", "backend__backend": "tinker"},
+        {"model__base_url": "https://x", "backend__backend": "tinker", "training__temperature": 1.0},
         {"squeeze__target_ranks": [8, 4], "squeeze__source_rank": 8, "squeeze__compress_to": 8},
     ],
 )
@@ -95,10 +120,7 @@ def test_allowed_combination(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("values", "key"),
     [
-        ({"backend__backend": "tinker"}, "backend.backend"),
         ({"backend__devices": "gpu:0,gpu:1"}, "backend.devices"),
-        ({"backpressure__peak_gflops": 1}, "backpressure.peak_gflops"),
-        ({"squeeze__compress_to": 4}, "squeeze.compress_to"),
     ],
 )
 def test_not_available_yet(values: dict[str, Any], key: str) -> None:
@@ -108,12 +130,10 @@ def test_not_available_yet(values: dict[str, Any], key: str) -> None:
         check_available(config)
 
 
-def test_not_available_yet_with_companions() -> None:
-    campaign = config_of(**AVAILABLE, campaign__parallel=True)
-    assert unavailable(campaign)[0].startswith("[campaign]: not available yet")
-    squeeze = config_of(squeeze__adapter_path="x")
-    assert len(unavailable(squeeze)) == 1
-    assert unavailable(squeeze)[0].startswith("[squeeze]: ")
+def test_a_campaign_shares_its_devices_out() -> None:
+    campaign = config_of(**AVAILABLE, campaign__parallel=True, backend__devices="gpu:0,gpu:1")
+    assert unavailable(campaign) == []
+    assert {run.config.backend.devices for run in run_matrix(campaign)} == {"gpu:0"}
 
 
 def test_the_defaults_are_available() -> None:
@@ -163,6 +183,16 @@ def test_available(source: str) -> None:
         ),
         ({"reward__judge_model": "m"}, "reward.judge_model", 'reward.type = "match"'),
         ({"backpressure__ema_decay": 0.5}, "backpressure.ema_decay", "backpressure.enabled"),
+        (
+            {"backpressure__enabled": True, "backpressure__peak_gflops": 9.0},
+            "backpressure.peak_gflops",
+            "backpressure.peak_bw_gb_s",
+        ),
+        (
+            {"backpressure__enabled": True, "backpressure__min_batch_size": 7, "backpressure__max_batch_size": 8},
+            "backpressure.enabled",
+            "fewer than three sizes",
+        ),
         ({"logging__wandb_group": "g"}, "logging.wandb_group", "logging.wandb_project"),
         ({"eval__examples": 5}, "eval.examples", "eval.every = 0"),
         ({"data__prompt_field": "q", "data__source": "arithmetic"}, "data.prompt_field", "arithmetic"),
@@ -181,8 +211,14 @@ def test_available(source: str) -> None:
             "inference.merged_copy",
             'inference.engine = "vllm"',
         ),
-        ({"training__dtype": "bf16", "backend__backend": "tinker"}, "training.dtype", "tinker"),
-        ({"squeeze__compress_to": 4}, "squeeze.compress_to", "squeeze.output_path"),
+        ({"squeeze__compress_to": 4, "squeeze__adapter_path": "x"}, "squeeze.compress_to", "squeeze.output_path"),
+        ({"squeeze__per_layer": True, "squeeze__adapter_path": "x"}, "squeeze.per_layer", "squeeze.output_path"),
+        ({"squeeze__device": "cuda"}, "squeeze.device", "in a training run (`retrain squeeze` uses it)"),
+        (
+            {"squeeze__adapter_path": "x", "squeeze__at_steps": [2], "squeeze__to_ranks": [2]},
+            "squeeze.at_steps",
+            "in a standalone squeeze",
+        ),
     ],
 )
 def test_without_effect(values: dict[str, Any], key: str, reason: str) -> None:
@@ -288,3 +324,24 @@ def test_wrong_condition(tables: list[dict[str, Any]], expected: str) -> None:
 def test_a_condition_name_is_a_folder_name(name: str) -> None:
     with pytest.raises(ConfigError, match=r"^campaign\.conditions\[0\]\.name = .*: names a folder"):
         conditions({"name": name})
+
+
+def test_a_campaigns_runs_take_their_own_part_of_squeeze() -> None:
+    """When to squeeze is a run's matter, and a condition's; the analysis is the campaign's."""
+    config = config_of(
+        campaign__seeds=[1],
+        campaign__max_steps=2000,
+        campaign__conditions=[
+            {"name": "plain"},
+            {"name": "late", "overrides": {"squeeze.at_steps": [1500]}},
+            {"name": "never", "overrides": {"squeeze.at_steps": [], "squeeze.to_ranks": []}},
+        ],
+        squeeze__at_steps=[10],
+        squeeze__to_ranks=[4],
+        squeeze__min_variance_retention=0.9,
+    )
+    sections = [run.config.squeeze for run in run_matrix(config)]
+    assert [section and section.at_steps for section in sections] == [(10,), (1500,), ()]
+    assert all(section and section.min_variance_retention == 0.95 for section in sections)
+    alone = config_of(campaign__seeds=[1], squeeze__min_variance_retention=0.9)
+    assert [run.config.squeeze for run in run_matrix(alone)] == [None] * len(run_matrix(alone))

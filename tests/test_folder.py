@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 
 from faults import small_disk
 from retrain.training import folder, records
-from retrain.training.folder import GENERATIONS, METRICS, RunFolder, copy_records, holds_run, owner
+from retrain.training.folder import GENERATIONS, METRICS, RECORDS, RunFolder, holds_run, owner, verify_records
 from retrain.types import ConfigError, RetrainError
 
 HOLD = """
@@ -109,8 +111,10 @@ def test_holds_run(tmp_path):
     assert not holds_run(tmp_path / "none")
     RunFolder(tmp_path).close()
     assert not holds_run(tmp_path)
-    (tmp_path / METRICS).write_text("")
-    assert holds_run(tmp_path)
+    for name in (*RECORDS, "config.toml", "metadata.json", "trainer_state.json"):
+        (tmp_path / name).write_text("")
+        assert holds_run(tmp_path)
+        (tmp_path / name).unlink()
 
 
 # ---------------------------------------------------------------- writing records
@@ -146,17 +150,18 @@ def test_text_that_is_not_unicode_comes_back(opened):
 def test_full_disk_is_said_once(tmp_path):
     """Closing does not try again to write what did not fit, and so cannot hide the first error."""
     with small_disk(tmp_path / "disk", "64k") as disk:
-        run = RunFolder(disk / "run")
+        run, facts = RunFolder(disk / "run"), {}
         with pytest.raises(OSError, match="No space left"):
             for step in range(1, 1000):
                 run.append(METRICS, [{"step": step, "text": "x" * 1000}])
+                facts = json.loads(run.extents()) if step == 20 else facts
         run.close()
         steps = [row["step"] for row in records.rows(disk / "run" / METRICS)]
         assert steps == list(range(1, len(steps) + 1))
         assert len(steps) > 30
-        copy_records(disk / "run", disk / "run", up_to=20)
-        assert records.last_row(disk / "run" / METRICS)["step"] == 20
         run = RunFolder(disk / "run")
+        run.adopt(disk / "run", verify_records(disk / "run", facts))
+        assert records.last_row(disk / "run" / METRICS)["step"] == 20
         run.append(METRICS, [{"step": 21}])
         run.close()
         assert [row["step"] for row in records.rows(disk / "run" / METRICS)] == list(range(1, 22))
@@ -173,66 +178,88 @@ def lines(rows):
     return [(json.dumps(each, ensure_ascii=False) + "\n").encode() for each in rows]
 
 
-def fill(log_dir, metrics, generations):
-    log_dir.mkdir(exist_ok=True)
-    (log_dir / METRICS).write_bytes(metrics)
-    (log_dir / GENERATIONS).write_bytes(generations)
+def records_of(log_dir):
+    return {name: (log_dir / name).read_bytes() for name in RECORDS if (log_dir / name).exists()}
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    per_step=st.lists(st.integers(0, 4), max_size=8),
-    up_to=st.integers(0, 9),
+    per_step=st.lists(st.integers(0, 4), min_size=1, max_size=8),
+    data=st.data(),
     torn=st.integers(0, 60),
     same=st.booleans(),
 )
-def test_cut_exactly_at_the_step(tmp_path, per_step, up_to, torn, same):
+def test_cut_exactly_at_the_checkpoint(tmp_path, per_step, data, torn, same):
     """per_step: generations of each step, which may be none. torn: bytes of a last line that a crash cut short."""
-    source, target = tmp_path / "source", tmp_path / ("source" if same else "target")
-    steps = range(1, len(per_step) + 1)
-    metrics = lines(row(step, 5) for step in steps)
-    generations = [lines(row(step, 30) for _ in range(count)) for step, count in zip(steps, per_step, strict=True)]
-    rest = lines([row(len(per_step) + 1, 25)])[0][:torn]
-    fill(source, b"".join(metrics) + rest, b"".join(map(b"".join, generations)) + rest)
-    target.mkdir(exist_ok=True)
-    up_to = min(up_to, len(per_step))
-    copy_records(source, target, up_to=up_to)
-    assert (target / METRICS).read_bytes() == b"".join(metrics[:up_to])
-    assert (target / GENERATIONS).read_bytes() == b"".join(map(b"".join, generations[:up_to]))
-    if not same:
-        assert (source / METRICS).read_bytes() == b"".join(metrics) + rest
-
-
-def test_a_line_without_its_line_break_is_torn(tmp_path):
-    """Or the next one would be written behind it, on the same line."""
-    fill(tmp_path, lines([row(1)])[0] + lines([row(2)])[0].rstrip(), b"")
-    copy_records(tmp_path, tmp_path, up_to=2)
-    run = RunFolder(tmp_path)
-    run.append(METRICS, [row(2)])
+    source = Path(tempfile.mkdtemp(dir=tmp_path))
+    run, points = RunFolder(source), []
+    for step, count in enumerate(per_step, start=1):
+        run.append(METRICS, [row(step, 5)])
+        run.append(GENERATIONS, [row(step, 30)] * count)
+        points.append((run.extents(), records_of(source)))
     run.close()
-    assert list(records.rows(tmp_path / METRICS)) == [row(1), row(2)]
+    with (source / METRICS).open("ab") as file:
+        file.write(lines([row(99, 25)])[0][:torn])
+    before = records_of(source)
+    facts, expected = data.draw(st.sampled_from(points))
+    target = source if same else Path(tempfile.mkdtemp(dir=tmp_path))
+    again = RunFolder(target)
+    again.adopt(source, verify_records(source, json.loads(facts)))
+    assert {name: content for name, content in records_of(target).items() if content} == {
+        name: content for name, content in expected.items() if content
+    }
+    assert again.extents() == facts
+    again.append(METRICS, [row(100)])
+    again.close()
+    assert (target / METRICS).read_bytes() == expected[METRICS] + lines([row(100)])[0]
+    verify_records(target, json.loads(again.extents()))
+    if not same:
+        assert records_of(source) == before
 
 
-@pytest.mark.parametrize("garbage", [b"\0" * 40 + b"\n", b"[1]\n", b'{"loss": 1}\n', b'{"step": "3"}\n', b"\xff\n"])
-def test_damage_is_named_before_the_checkpoint_and_cut_off_behind_it(tmp_path, garbage):
-    first, second, third = lines([row(1), row(2), row(3)])
-    fill(tmp_path, first + garbage + second + third, first + second)
-    for source, target in ((tmp_path, tmp_path), (tmp_path, tmp_path / "fork")):
-        target.mkdir(exist_ok=True)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(bit=st.integers(0, 8 * 70 - 1))
+def test_any_flipped_bit_before_the_checkpoint_is_found_and_behind_it_cut_off(tmp_path, bit):
+    log_dir = Path(tempfile.mkdtemp(dir=tmp_path))
+    run = RunFolder(log_dir)
+    run.append(METRICS, [row(1, 10), row(2)])
+    facts = json.loads(run.extents())
+    run.append(METRICS, [row(3)])
+    run.close()
+    size, content = facts[METRICS]["bytes"], bytearray((log_dir / METRICS).read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    (log_dir / METRICS).write_bytes(content)
+    if bit // 8 < size:
         with pytest.raises(RetrainError) as error:
-            copy_records(source, target, up_to=2)
-        assert f"{tmp_path / METRICS}:2 " in str(error.value)
-    assert (tmp_path / GENERATIONS).read_bytes() == first + second
-    assert list((tmp_path / "fork").iterdir()) == [], "nothing is written before everything is read"
-    copy_records(tmp_path, tmp_path, up_to=1)
-    assert (tmp_path / METRICS).read_bytes() == first
+            verify_records(log_dir, facts)
+        assert str(error.value) == f"{log_dir / METRICS} is damaged: its first {size} bytes do not match their checksum"
+    else:
+        assert verify_records(log_dir, facts)[METRICS].size == size
+
+
+def test_records_that_are_short_or_missing_are_named(tmp_path):
+    run = RunFolder(tmp_path)
+    run.append(METRICS, [row(1)])
+    facts = json.loads(run.extents())
+    run.close()
+    (tmp_path / METRICS).write_bytes(b"{")
+    with pytest.raises(
+        RetrainError, match=rf"metrics\.jsonl is damaged: it has 1 bytes, and had {len(lines([row(1)])[0])}"
+    ):
+        verify_records(tmp_path, facts)
+    (tmp_path / METRICS).unlink()
+    with pytest.raises(RetrainError, match=r"metrics\.jsonl is missing"):
+        verify_records(tmp_path, facts)
 
 
 def test_records_that_are_not_there_are_not_made(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    copy_records(tmp_path / "a", tmp_path / "b", up_to=5)
-    assert list((tmp_path / "b").iterdir()) == []
+    run = RunFolder(tmp_path / "a")
+    fork = RunFolder(tmp_path / "b")
+    fork.adopt(tmp_path / "a", verify_records(tmp_path / "a", json.loads(run.extents())))
+    assert fork.extents() == run.extents()
+    assert records_of(tmp_path / "b") == {}
+    run.close()
+    fork.close()
 
 
 # ---------------------------------------------------------------- reading records

@@ -117,6 +117,9 @@ class FakeBackend:
     def peak_memory_bytes(self):
         return 1
 
+    def figures(self):
+        return {}
+
 
 class FakeEngine:
     def publish(self, version):

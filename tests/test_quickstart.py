@@ -25,3 +25,4 @@ def test_quickstart_learns(tmp_path: Path) -> None:
     assert min(planning) > 0.02
     assert max(planning) < 0.2
     assert rows[-1]["sepa_lambda"] == 1.0
+    assert all(row["warnings"] == [] and row["skipped_steps"] == 0 for row in rows), "no false alarm"

@@ -169,7 +169,7 @@ def test_the_step_is_that_of_a_smaller_budget_bit_for_bit(open_local, monkeypatc
     assert small.step(batch_of(3), 2).metrics["micro_batch_tokens"] == fits, "for the rest of the run"
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(room=st.integers(23, 90), call=st.integers(1, 6))
 def test_wherever_it_runs_out_the_loss_is_the_same(backend_in_float64, room, call):
     """The widest sequence has 23 tokens: with room for it, the loss is that of the whole batch at once."""

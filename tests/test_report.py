@@ -17,6 +17,7 @@ from scipy import stats
 
 from report_runs import (
     HOSTILE,
+    MEASURED,
     credit_row,
     generation_row,
     make_campaign,
@@ -105,7 +106,7 @@ def test_a_point_is_the_mean_and_the_range_of_its_steps(tmp_path):
 def test_curves_of_a_campaign_have_seed_bands(tmp_path):
     charts = {chart["title"]: chart for chart in charts_over_steps(gather(make_campaign(tmp_path / "c")))}
     grpo, maxrl = charts["Correct rate"]["series"]
-    assert (grpo["name"], maxrl["name"]) == ("grpo+none", "maxrl+none")
+    assert (grpo["name"], maxrl["name"]) == ("grpo+gtpo_sepa", "maxrl+gtpo_sepa")
     half = stats.t.ppf(0.975, 2) * 0.01 / 3**0.5
     assert grpo["y"] == [0.52] * 10
     np.testing.assert_allclose(grpo["lo"], 0.52 - half, rtol=1e-3)
@@ -140,8 +141,8 @@ def test_runs_that_differ_in_more_than_the_seed_are_apart_by_that(tmp_path):
         make_run(tmp_path / name, seed=seed, overrides={"training.lr": lr})
     groups = gather(tmp_path).groups
     assert {name: [run.label for run in runs] for name, runs in groups.items()} == {
-        "grpo+none lr=0.0001": ["a", "b"],
-        "grpo+none lr=0.001": ["c"],
+        "grpo+gtpo_sepa lr=0.0001": ["a", "b"],
+        "grpo+gtpo_sepa lr=0.001": ["c"],
     }
 
 
@@ -223,23 +224,25 @@ def test_the_page_of_a_campaign(tmp_path):
     page = page_of(make_campaign(tmp_path / "ablation"), tmp_path)
     assert page.texts["title"] == ["Campaign ablation"]
     cells = page.texts["td"]
+    first, second = (np.array(list(rates.values())) for rates in MEASURED)
+    low, high = stats.t.interval(0.95, 2, np.mean(second - first), stats.sem(second - first))
+    p = stats.ttest_rel(second, first).pvalue
     for cell in (
-        "cannot tell",
-        "52.0%",
-        "49.5% to 54.5%",
-        "+1.0",
-        "-2.0 to +4.0",
-        "0.300",
-        "0.250",
-        "1,234",
         "baseline",
+        "52.0%",
+        "53.0%",
+        "+1.0",
+        f"{100 * low:+.1f} to {100 * high:+.1f}",
+        f"{p:.3f}",
+        "0.750",
+        "cannot tell",
     ):
         assert cell in cells, cell
     notes = " ".join(page.texts["li"])
-    assert "maxrl+none_s9 is left out: failed" in notes
+    assert "maxrl+gtpo_sepa_s9 is left out: failed" in notes
     assert "does not mean that there is no effect" in notes
     assert {one["run"] for one in page.data["completions"]} == {
-        f"{name}_s{seed}" for name in ("grpo+none", "maxrl+none") for seed in (1, 2, 3)
+        f"{name}_s{seed}" for name in ("grpo+gtpo_sepa", "maxrl+gtpo_sepa") for seed in (1, 2, 3)
     }
 
 

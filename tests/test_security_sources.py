@@ -37,6 +37,10 @@ CALLS = {
 }
 
 
+# An archive decides by these where its files go.
+METHODS = {"extractall", "unpack_archive"}
+
+
 def name_of(node: ast.expr) -> str:
     """ "torch.load" of the expression torch.load; "" for what is no plain name."""
     if isinstance(node, ast.Name):
@@ -61,6 +65,8 @@ def forbidden(source: str) -> list[str]:
             case ast.Call(func=func, keywords=keywords):
                 if name_of(func) in CALLS:
                     found.append((node.lineno, name_of(func)))
+                if isinstance(func, ast.Attribute) and func.attr in METHODS:
+                    found.append((node.lineno, func.attr))
                 for keyword in keywords:
                     value = getattr(keyword.value, "value", None)
                     if keyword.arg in ("allow_pickle", "shell", "trust_remote_code") and value is True:
@@ -85,6 +91,7 @@ def forbidden(source: str) -> list[str]:
         "AutoModel.from_pretrained(path, use_safetensors=False)",
         "httpx2.Client(verify=False)",
         "from os import system",
+        "tarfile.open(path).extractall(folder)",
     ],
 )
 def test_the_search_finds(source):

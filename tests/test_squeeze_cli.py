@@ -211,6 +211,20 @@ def test_folders_that_hold_no_adapter(capsys, folder, tmp_path):
     assert f"such as the one this config's run has written: {tmp_path / 'run' / 'final'}" in err
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"min_variance_retention": 1.5}, "squeeze.min_variance_retention = 1.5: out of range"),
+        ({"target_ranks": [4, 4]}, "squeeze.target_ranks: names a rank twice"),
+        ({"target_ranks": [0]}, "squeeze.target_ranks: every rank must be >= 1"),
+        ({"source_rank": -1}, "squeeze.source_rank = -1: out of range"),
+    ],
+)
+def test_keys_are_checked_from_python_too(folder, keys, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        retrain.squeeze.analyze(folder, **keys)
+
+
 def test_an_empty_output_folder_is_used(folder, tmp_path):
     (tmp_path / "out").mkdir()
     retrain.squeeze.compress(folder, tmp_path / "out", rank=2)
@@ -221,7 +235,7 @@ def test_experts_have_no_ranks_of_their_own(tmp_path):
     folder = save(adapted(target_modules=[], target_parameters=["experts.up"]), tmp_path / "a")
     with pytest.raises(ConfigError, match="PEFT has no rank_pattern for a layer's stacked parameters"):
         retrain.squeeze.compress(folder, tmp_path / "out", per_layer=True)
-    with pytest.raises(ConfigError, match="with per_layer the ranks follow"):
+    with pytest.raises(ConfigError, match="with per_layer the ranks follow from"):
         retrain.squeeze.compress(folder, tmp_path / "out", per_layer=True, rank=2)
 
 

@@ -197,10 +197,11 @@ def test_a_million_steps(tmp_path, capsys):
         for _ in range(1000):
             file.write(line * 1000)
         file.write((json.dumps(row(1_000_001)) + "\n").encode())
-    began = time.perf_counter()
+    began = time.process_time()
     assert last_row(log_dir / "metrics.jsonl") == row(1_000_001)
     assert as_json(capsys, log_dir)[0]["step"] == 1_000_001
-    assert time.perf_counter() - began < 1
+    # Of the processor: the clock on the wall runs on when the machine is busy.
+    assert time.process_time() - began < 1
 
 
 def test_it_is_quick_and_needs_no_torch(tmp_path):

@@ -48,7 +48,7 @@ def test_runs_and_campaigns(tmp_path):
     line = next(line for line in lines if "[red]x[/]" in line)
     for fact in ("finished", "10/10", "1.5", sparkline([step / 10 for step in range(1, 11)], 24), "50.0%", "truncated"):
         assert fact in line
-    assert sum("maxrl+none_s" in line for line in lines) == 2
+    assert sum("maxrl+gtpo_sepa_s" in line for line in lines) == 2
 
 
 def test_what_does_not_fit_is_counted_and_what_runs_comes_first(tmp_path):

@@ -82,7 +82,7 @@ def test_nothing_in_an_archive_decides_where_it_is_written(adapter, tmp_path):
 def test_a_link_is_no_adapter(kind, adapter, tmp_path):
     _, files = adapter
     archive = pack(tmp_path / "a.tar", [(CONFIG, files[CONFIG]), (WEIGHTS, (kind, "/etc/passwd"))])
-    with pytest.raises(RetrainError, match="holds 0 files adapter_model.safetensors"):
+    with pytest.raises(RetrainError, match=r"holds 0 files adapter_model\.safetensors"):
         unpack_adapter(archive, tmp_path, "base")
     assert not (tmp_path / WEIGHTS).exists()
 

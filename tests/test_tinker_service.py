@@ -17,6 +17,7 @@ import pytest
 
 from retrain.backend.tinker.service import Service, check_requirements
 from retrain.backend.tinker.transport import Monitor, Watched
+from retrain.cli import main
 from retrain.config import build
 from retrain.inference.tinker import TinkerEngine
 from retrain.types import ConfigError, RetrainError, ServerLost
@@ -26,6 +27,7 @@ KEY = "tml-a-secret-key"
 ROUTES = {
     "/api/v1/client/config": {"pjwt_auth_enabled": False},
     "/api/v1/create_session": {"type": "create_session", "session_id": "s1"},
+    "/api/v1/healthz": {"status": "ok"},
     "/api/v1/session_heartbeat": {"type": "session_heartbeat"},
     "/api/v1/get_server_capabilities": {"supported_models": [{"model_name": "org/known", "max_context_length": 64}]},
 }
@@ -167,6 +169,27 @@ def test_the_command_refuses_before_anything_is_written(greeter, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def doctor(capsys, url, tmp_path):
+    config = tmp_path / "c.toml"
+    config.write_text(
+        f'[backend]\nbackend = "tinker"\n[model]\nmodel = "builtin:tiny"\nbase_url = "{url}"\n'
+        '[training]\ntemperature = 1.0\n[data]\nsource = "arithmetic"\n'
+    )
+    main(["doctor", str(config), "--json"])
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert not [finding for finding in findings if finding["subject"] in ("device", "kernels")]
+    return next(finding for finding in findings if finding["subject"] == "service")
+
+
+def test_doctor(greeter, monkeypatch, capsys, tmp_path):
+    assert doctor(capsys, greeter.url, tmp_path)["level"] == "ok"
+    gone = doctor(capsys, "http://127.0.0.1:9", tmp_path)
+    assert gone["level"] == "fail"
+    assert "does not answer" in gone["detail"]
+    monkeypatch.delenv("TINKER_API_KEY")
+    assert "TINKER_API_KEY is not set" in doctor(capsys, greeter.url, tmp_path)["detail"]
+
+
 def future_of(value):
     future = Future()
     future.set_result(value)
@@ -303,7 +326,7 @@ def test_completions_that_cannot_have_been_asked_for(found, message):
     backend = SimpleNamespace(
         service=service, config=config, eos_ids=(1,), vocab_size=50, open_base_sampler=SimpleNamespace
     )
-    backend.open_base_sampler = lambda: SimpleNamespace(sample=None)
+    backend.open_base_sampler = lambda: SimpleNamespace(sample=print)
     engine = TinkerEngine(backend)
     with pytest.raises(RetrainError, match=message):
         engine.generate([np.array([3])], np.zeros((1, 2), dtype=np.uint64), max_tokens=2, temperature=1.0)

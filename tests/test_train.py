@@ -164,7 +164,7 @@ REFUSED = [
     ("misspelt flag", ["--max-step", "3"], "--max-steps"),
     ("source", ["--source", "arithmetics"], "arithmetic"),
     ("data file", ["--source", "missing.jsonl"], "missing.jsonl"),
-    ("not available", ["--backend-backend", "tinker"], "not available yet"),
+    ("not at a service", ["--backend", "tinker"], "lora.dropout"),
     ("prompt too long", ["--max-tokens", "100000"], "context"),
     ("LoRA target", ["--target-modules", "q_prj"], "q_proj"),
     ("grams", ["--strategic-grams", "[1"], "strategic_grams"),

@@ -53,8 +53,8 @@ def _project(optimizer: torch.optim.Optimizer, a: nn.Parameter, b: nn.Parameter,
     that moved little meanwhile). For the second, the products of different ranks' gradients are not known and taken to
     cancel: each is the sum of the old ones, weighted by the squares, which a rotation leaves the same in sum.
 
-    Moments set to zero, with the count of steps going on, would make the next updates several times too large; with a
-    count that begins anew, the next update would be a full step of the learning rate in every entry.
+    Without moments the next updates would be too large: with a count of steps that begins anew, a full step of the
+    learning rate in every entry; with one that goes on, up to (1 - beta1) / sqrt(1 - beta2) of it (docs/squeeze.md).
     """
     by_a, by_b = small.by_a_EKR[0], small.by_b_ERK[0]
     for name, power in (("exp_avg", 1), ("exp_avg_sq", 2)):

@@ -30,12 +30,13 @@ Regime = Literal["unknown", "rising", "peak", "retrograde"]
 class State:
     """All that is remembered.
 
-    batch_size: the size that is held, throttled or increased; a warm-up leaves it alone. steps: finished ones. window:
-    (batch size, tokens per second) of at most WINDOW steps, oldest first.
+    batch_size: the size that is held, throttled or increased; a warm-up leaves it alone. steps: finished ones.
+    throttled: whether it was ever lowered. window: (batch size, tokens per second) of up to WINDOW steps, oldest first.
     """
 
     batch_size: int
     steps: int = 0
+    throttled: bool = False
     window: tuple[tuple[int, float], ...] = ()
 
 
@@ -78,21 +79,27 @@ def decide(state: State, section: BackpressureConfig, group_size: int) -> Decisi
     law = fit_window(state.window, group_size, section.ema_decay)
     if law is None:
         return Decision(state.batch_size, "hold", "unknown")
+    size, most = state.batch_size, section.max_batch_size
     # Without a peak more is never slower: the aim lies beyond every size.
     aim = section.throttle_margin * (math.inf if law.peak is None else law.peak) / group_size
-    target = _whole(aim, section)
-    if state.batch_size > aim:
-        action: Action = "throttle" if target < state.batch_size else "hold"
-        return Decision(target if action == "throttle" else state.batch_size, action, "retrograde", law)
-    if state.batch_size < section.increase_margin * aim:
-        return Decision(target, "increase" if target > state.batch_size else "hold", "rising", law)
-    return Decision(state.batch_size, "hold", "peak", law)
+    target = max(math.floor(min(aim, most)), section.min_batch_size)
+    if size > aim:
+        return Decision(min(size, target), "throttle" if target < size else "hold", "retrograde", law)
+    # A size once lowered is not raised because a fit, for a moment, sees no peak within reach.
+    floor = section.increase_margin * (min(aim, most) if state.throttled else aim)
+    if size < floor:
+        return Decision(max(size, target), "increase" if target > size else "hold", "rising", law)
+    return Decision(size, "hold", "peak", law)
 
 
 def observe(state: State, decision: Decision, throughput: float | None) -> State:
     """The state after a step that `decision` gave its size. throughput: tokens/s, > 0; None: nothing was measured."""
-    size = state.batch_size if decision.action == "warmup" else decision.batch_size
-    state = replace(state, batch_size=size, steps=state.steps + 1)
+    state = replace(
+        state,
+        batch_size=state.batch_size if decision.action == "warmup" else decision.batch_size,
+        steps=state.steps + 1,
+        throttled=state.throttled or decision.action == "throttle",
+    )
     if throughput is None:
         return state
     return replace(state, window=_slid((*state.window, (decision.batch_size, throughput))))
@@ -101,33 +108,21 @@ def observe(state: State, decision: Decision, throughput: float | None) -> State
 def fit_window(window: Sequence[tuple[int, float]], group_size: int, ema_decay: float) -> Usl | None:
     """The law of a window, None with fewer than three different sizes in it.
 
-    Each size is one point: the exponential moving average of its own measurements, which counts as many times as it
-    averages independent ones.
+    Each size is one point, the exponential moving average of its own measurements: weighting the points by how many
+    went into them would let the size that is held decide alone, and every tremor of its average move the peak.
     """
     series: dict[int, list[float]] = {}
-    for size, throughput in window:
-        series.setdefault(size, []).append(throughput)
+    for size, rate in window:
+        series.setdefault(size, []).append(rate)
     if len(series) < MIN_SIZES:
         return None
-    points = {size * group_size: average(values, ema_decay) for size, values in sorted(series.items())}
-    means, counts = zip(*points.values(), strict=True)
-    return fit_usl(list(points), means, weights=counts)
+    return fit_usl([size * group_size for size in series], [average(rates, ema_decay) for rates in series.values()])
 
 
-def average(values: Sequence[float], decay: float) -> tuple[float, float]:
-    """Exponential moving average, newest last, its weights brought to sum 1, and 1 / (sum of their squares).
-
-    The second is the number of independent measurements whose plain mean has the same variance (Kish 1965).
-    """
+def average(values: Sequence[float], decay: float) -> float:
+    """Exponential moving average, newest last, its weights brought to sum 1: the first value is no heavier for it."""
     weights = [decay ** (len(values) - 1 - i) for i in range(len(values))]
-    total = sum(weights)
-    mean = sum(weight * value for weight, value in zip(weights, values, strict=True)) / total
-    return mean, total**2 / sum(weight**2 for weight in weights)
-
-
-def _whole(size: float, section: BackpressureConfig) -> int:
-    """The largest batch size not above `size`, within min and max."""
-    return max(math.floor(min(size, section.max_batch_size)), section.min_batch_size)
+    return sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
 
 
 def _slid(window: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:

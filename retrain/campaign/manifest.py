@@ -68,7 +68,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         values = asdict(self)
         config = values.pop("config")  # the longest comes last
-        durable.write_json(folder / MANIFEST, {"format": FORMAT, **values, "config": config})
+        durable.write_sealed_json(folder / MANIFEST, {"format": FORMAT, **values, "config": config})
 
     def count(self, state: RunState) -> int:
         return sum(entry.state == state for entry in self.runs.values())
@@ -78,17 +78,17 @@ def read_manifest(folder: Path) -> Manifest:
     """Raises RetrainError where the file is missing, damaged or of another version."""
     path = folder / MANIFEST
     try:
-        values = json.loads(path.read_bytes())
+        values = durable.read_sealed_json(path)
         if values.pop("format") != FORMAT:
             raise RetrainError(f"{path} was written by another version of retrain; go on with that version")
-        digest = values.pop("config_sha256")
+        del values["config_sha256"]
         runs = {name: RunEntry(**entry) for name, entry in values.pop("runs").items()}
-        manifest = Manifest(runs=runs, **values)
+        return Manifest(runs=runs, **values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RetrainError(f"{path} is not the manifest of a campaign ({type(error).__name__}: {error})") from None
-    if manifest.config_sha256 != digest:
-        raise RetrainError(f"{path} is damaged: its config does not have the digest that it names")
-    return manifest
+        raise RetrainError(
+            f"{path} is damaged, or not the manifest of a campaign ({type(error).__name__}: {error}). Put a copy back, "
+            "or begin in another folder"
+        ) from None
 
 
 def holds_campaign(folder: Path) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from retrain.types import ConfigError
 if TYPE_CHECKING:
     from retrain.config import Config, Run
 
+CONNECT_SECONDS = 10.0
 INSTALL = 'pip install "retrain[ray]"'
 
 
@@ -98,6 +100,7 @@ def _connect(address: str) -> Any:
             raise
         raise ConfigError(f'campaign.executor = "ray": Ray is not installed: {INSTALL}') from None
     address = address or os.environ.get("RAY_ADDRESS", "")
+    _check_reachable(address)
     own: dict[str, Any] = {} if address else {"num_cpus": usable_cores(), "include_dashboard": False}
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -110,6 +113,19 @@ def _connect(address: str) -> Any:
         # Ray's own handler would end this process before its runs have written their checkpoints.
         signal.signal(signal.SIGTERM, before)
     return ray
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdecimal():
+        return  # "auto", or nothing
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConfigError(
+            f'campaign.ray_address = "{address}": no Ray cluster there: {error.strerror or error}'
+        ) from None
 
 
 def _said(resources: dict[str, float]) -> str:

@@ -32,7 +32,7 @@ CORE = ("transformers", "peft", "safetensors", "numpy", "pydantic", "rich", "mat
 # Extra of this package -> the distribution it brings, and when a config cannot do without it.
 EXTRAS: dict[str, tuple[str, Callable[[Config], bool]]] = {
     "wandb": ("wandb", lambda config: bool(config.logging.wandb_project)),
-    "tensorboard": ("tensorboard", lambda config: False),
+    "tensorboard": ("tensorboard", lambda config: config.logging.tensorboard),
     "data": ("datasets", lambda config: _needs_datasets(config)),
     "reasoning-gym": ("reasoning_gym", lambda config: source_kind(config.data.source) == "reasoning_gym"),
     "verifiers": ("verifiers", lambda config: config.environment.provider == "verifiers"),
@@ -84,13 +84,31 @@ def examine(config: Config | None) -> Iterator[Finding]:
         return
     missing = not_available(config, run_matrix(config))
     yield from (Finding("fail", "config", line) for line in missing)
-    yield from _devices(config)
+    if config.backend.backend == "tinker":
+        yield _service(config)
+    else:
+        yield from _devices(config)
     yield _model(config)
     if not missing:
         yield _environment(config) if config.environment.provider else _data(config)
     yield _disk(Path(config.logging.log_dir))
     if config.inference.engine != "pytorch":
         yield from map(_server, parse_urls(config.inference.url, config.inference.engine))
+
+
+def _service(config: Config) -> Finding:
+    from retrain.backend.tinker.service import check_requirements
+
+    url = config.model.base_url
+    try:
+        check_requirements()
+        if url:
+            urllib.request.urlopen(f"{url.rstrip('/')}/api/v1/healthz", timeout=REQUEST_SECONDS).close()
+    except ConfigError as exc:
+        return Finding("fail", "service", str(exc))
+    except (OSError, ValueError) as exc:
+        return Finding("fail", "service", f"{url} does not answer: {exc}", "start it, or correct model.base_url")
+    return Finding("ok", "service", f"{url} answers" if url else "the Tinker service: not asked")
 
 
 def _torch() -> Finding:

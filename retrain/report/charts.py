@@ -122,7 +122,8 @@ def _is_idle(keys: Sequence[tuple[str, str]], series: list[dict[str, Any]]) -> b
 def _lines(groups: dict[str, list[RunPart]], keys: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:
     for i, (group, runs) in enumerate(groups.items()):
         for j, (key, called) in enumerate(keys):
-            curves = [run.records.curves[key] for run in runs if key in run.records.curves]
+            shown = [run for run in runs if key in run.records.curves and (run.pools or key != "sepa_lambda")]
+            curves = [run.records.curves[key] for run in shown]
             if curves and any(np.isfinite(curve.mean).any() for curve in curves):
                 name = group if len(groups) > 1 else called
                 yield {"name": name, "slot": i + j} | _line(runs[0].records.steps, curves)

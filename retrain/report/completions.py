@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from retrain.report.gather import Content
+    from retrain.report.gather import Content, RunPart
 
 # Of the page, as JSON.
 MOST_BYTES = 4_000_000
@@ -19,11 +19,11 @@ def completions(content: Content) -> tuple[list[dict[str, Any]], int]:
 
     Where not all fit, every step keeps its first ones, which are the most telling.
     """
-    rows = [(run.label, row) for run in content.runs for row in run.records.credit]
+    rows = [(run, row) for run in content.runs for row in run.records.credit]
     ranks: dict[tuple[str, int], int] = {}
     ranked = []
-    for place, (label, row) in enumerate(rows):
-        rank = ranks[label, row["step"]] = ranks.get((label, row["step"]), -1) + 1
+    for place, (run, row) in enumerate(rows):
+        rank = ranks[run.label, row["step"]] = ranks.get((run.label, row["step"]), -1) + 1
         ranked.append((rank, place))
     kept: dict[int, dict[str, Any]] = {}
     left = MOST_BYTES
@@ -36,17 +36,17 @@ def completions(content: Content) -> tuple[list[dict[str, Any]], int]:
     return [kept[place] for place in sorted(kept)], len(rows) - len(kept)
 
 
-def _shown(label: str, row: dict[str, Any]) -> dict[str, Any]:
+def _shown(run: RunPart, row: dict[str, Any]) -> dict[str, Any]:
     prompt = row["prompt"]
     return {
-        "run": label,
+        "run": run.label,
         "step": row["step"],
         "prompt": prompt if len(prompt) <= MOST_PROMPT else "... " + prompt[-MOST_PROMPT:],
         "reference": row["reference"][:MOST_PROMPT],
         "reward": row["reward"],
         "advantage": row["advantage"],
         "finish": row["finish_reason"],
-        "lambda": row["sepa_lambda"],
+        "lambda": row["sepa_lambda"] if run.pools else None,
         "tokens": row["tokens"],
         "advantages": row["advantages"],
         "uncertainty": row["uncertainty"],

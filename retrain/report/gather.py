@@ -38,6 +38,11 @@ class RunPart:
     facts: dict[str, Any]
     records: Records
 
+    @property
+    def pools(self) -> bool:
+        """Whether SEPA's lambda means anything here."""
+        return "sepa" in self.facts["condition"]
+
 
 @dataclass(frozen=True)
 class Content:
@@ -72,7 +77,7 @@ def gather(folder: Path) -> Content:
         except RetrainError as error:
             problems.append(str(error))
     last = max((step for *_, step in found), default=0)
-    names = _group_names(folder, [(path, settings) for path, _, settings, _ in found], manifest)
+    names = _group_names([(path, settings) for path, _, settings, _ in found], manifest)
     groups: dict[str, list[RunPart]] = {name: [] for name in _order(names, manifest)}
     credit_steps = max(2, MOST_CREDIT_STEPS // min(len(found) or 1, MOST_RUNS_WITH_CREDIT))
     for i, ((path, facts, settings, _), name) in enumerate(zip(found, names, strict=True)):
@@ -116,7 +121,7 @@ def _settings(path: Path) -> dict[str, Any]:
     return {SEED: -1} | flat
 
 
-def _group_names(folder: Path, runs: list[tuple[Path, dict[str, Any]]], manifest: dict[str, Any] | None) -> list[str]:
+def _group_names(runs: list[tuple[Path, dict[str, Any]]], manifest: dict[str, Any] | None) -> list[str]:
     """The group of each run: its condition in a campaign, elsewhere the algorithm and the keys in which runs differ."""
     planned = (manifest or {}).get("runs", {})
     if manifest is not None and all(path.name in planned for path, _ in runs):

@@ -262,7 +262,7 @@
         : `Full shade: advantage +${short(largest)} (blue) or -${short(largest)} (orange).`;
       list.replaceChildren(...samples.map((sample) => {
         const reward = sample.reward === null ? "none" : short(sample.reward);
-        const facts = `Reward ${reward}, advantage ${short(sample.advantage)}, SEPA lambda ${short(sample.lambda)}${sample.finish === "length" ? ", cut at max_tokens" : ""}`;
+        const facts = `Reward ${reward}, advantage ${short(sample.advantage)}${sample.lambda === null ? "" : `, SEPA lambda ${short(sample.lambda)}`}${sample.finish === "length" ? ", cut at max_tokens" : ""}`;
         const cut = sample.cut ? [node("p", {}, `${sample.cut} more tokens are not on this page.`)] : [];
         const prompt = node("p", { class: "prompt", tabindex: "0" }, `${sample.prompt}\nReference: ${sample.reference}`);
         return node("article", {}, node("h3", {}, facts), prompt, tokens(sample, largest), ...cut);

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -59,10 +58,6 @@ class Analysis:
     recommended_rank: int | None
     layers: tuple[LayerSpectrum, ...]
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain values, as in squeeze.json."""
-        return asdict(self)
-
 
 def spectrum_of(layer: Layer, b_EOR: Tensor, a_ERI: Tensor) -> LayerSpectrum:
     values_ER = decompose(b_EOR, a_ERI).values_ER
@@ -91,13 +86,9 @@ def spectra(adapter: Adapter, device: torch.device) -> list[LayerSpectrum]:
 def summarize(
     adapter: str, layers: Sequence[LayerSpectrum], *, target_ranks: Sequence[int], min_variance_retention: float
 ) -> Analysis:
-    """target_ranks: candidates; none means the powers of two up to the source rank, and that rank.
-
-    Raises ConfigError for a candidate above the source rank.
-    """
+    """target_ranks: candidates, none above the source rank; empty for the powers of two up to it, and itself."""
     source = max(layer.rank for layer in layers)
     ranks = tuple(sorted(target_ranks)) or tuple(sorted({2**i for i in range(source.bit_length())} | {source}))
-    check_rank(adapter, max(ranks), source)
     mean = {k: math.fsum(layer.kept(k) for layer in layers) / len(layers) for k in ranks}
     worst = {k: min(layers, key=_kept_at(k)) for k in ranks}
     return Analysis(

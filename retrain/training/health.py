@@ -226,10 +226,8 @@ def _gate(past: _Past) -> Finding | None:
 
 
 def _gap(past: _Past) -> Finding | None:
-    if not past.trained:
-        return None
     now, first = _mean("logprob_gap_mean", past.trained), _mean("logprob_gap_mean", past.first)
-    if not (now > GAP_LARGE or (now > GAP_FLOOR and now > GAP_RISE * first)):
+    if now is None or first is None or not (now > GAP_LARGE or (now > GAP_FLOOR and now > GAP_RISE * first)):
         return None
     remedy = (
         f"lora.dropout = {past.config.lora.dropout:g} trains another policy than the one that samples; set it to 0"
@@ -249,7 +247,7 @@ def _entropy(past: _Past) -> Finding | None:
     if len(past.trained) < WINDOW or (rate is not None and rate >= LEARNED):
         return None
     now, first = _mean("entropy_mean", past.trained), _mean("entropy_mean", past.first)
-    if now >= ENTROPY_LEFT * first:
+    if now is None or first is None or now >= ENTROPY_LEFT * first:
         return None
     return Finding(
         "entropy_collapse",
@@ -289,8 +287,10 @@ def _pools(config: Config) -> bool:
     return "." not in mode and "sepa" in mode and config.gtpo.beta != 0
 
 
-def _mean(key: str, rows: Sequence[Row]) -> float:
-    return sum(row[key] for row in rows) / len(rows)
+def _mean(key: str, rows: Sequence[Row]) -> float | None:
+    """None where there is nothing to average: a backend may not report a figure."""
+    known = [row[key] for row in rows if row[key] is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _last(rows: Sequence[Any]) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 # Before torch is imported, here or in a process of its own.
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
+from retrain.config import KEYS
 from scripts.torture import damage, kills, surroundings
 from scripts.torture.bench import Bench, OutOfTime
 from scripts.torture.command import fresh
@@ -95,7 +96,7 @@ def _children(work: Callable[[], object]) -> float:
 def everything(bench: Bench, runs: int) -> None:
     points = range(len(bench.points))
     files = damage.files_of(bench.whole)
-    around(bench, bench.random.sample(points, 5))
+    around(bench, bench.random.sample(points, 5), list(KEYS))
     trials = [partial(kills.at_write_points, bench, "before", [at]) for at in points]
     trials += [partial(kills.at_write_points, bench, "torn", [at]) for at in points if _is_write(bench.points[at])]
     trials += [partial(kills.at_write_points, bench, "power", [at]) for at in points]
@@ -131,14 +132,14 @@ def quick(bench: Bench, runs: int) -> None:
     names = damage.files_of(bench.whole)
     kinds = [bench.random.choice(list(damage.MANNERS)) for _ in names]
     damage.every_file(bench, zip(names, kinds, strict=True))
-    around(bench, some[4:])
+    around(bench, some[4:], bench.random.sample(list(KEYS), 12))
 
 
-def around(bench: Bench, points: Sequence[int]) -> None:
+def around(bench: Bench, points: Sequence[int], keys: Sequence[str]) -> None:
     surroundings.read_only(bench)
     surroundings.two_processes(bench)
     surroundings.clock(bench, points)
-    surroundings.changed_config(bench)
+    surroundings.changed_config(bench, keys)
     surroundings.more_steps(bench)
     surroundings.finished(bench)
     surroundings.fork(bench)

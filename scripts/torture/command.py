@@ -118,6 +118,8 @@ class Forks:
             status = 70
             try:
                 status = self._inside(words, watch, death, before)
+            except SystemExit as end:
+                status = int(end.code or 0)
             except Exception:  # noqa: BLE001 - said in what the fork printed, and a wrong status
                 traceback.print_exc()
             finally:

@@ -209,7 +209,7 @@ def test_the_keyboard_is_enough(show, campaign: Path) -> None:
     page = show(campaign).page
     page.locator("#run").focus()
     page.keyboard.press("ArrowDown")
-    assert page.input_value("#run") == "grpo+none_s2"
+    assert page.input_value("#run") == "grpo+gtpo_sepa_s2"
     assert page.input_value("#step") == "10"
     page.locator("#earlier").focus()
     page.keyboard.press("Enter")
@@ -225,7 +225,7 @@ def test_the_keyboard_is_enough(show, campaign: Path) -> None:
     chart.focus()
     page.keyboard.press("End")
     tip = page.locator("figure .tip").first
-    assert tip.text_content().startswith("step 10\ngrpo+none: 52% (")
+    assert tip.text_content().startswith("step 10\ngrpo+gtpo_sepa: 52% (")
     assert "3 seeds" in tip.text_content()
     page.keyboard.press("Escape")
     assert not tip.is_visible()

@@ -116,8 +116,9 @@ def both(remote, adapter, batch, monkeypatch, **overrides):
     monkeypatch.setattr(remote, "config", at_service(config, remote.config.model.base_url))
     theirs = remote.step(batch, 0)
     assert theirs.metrics["loss"] == pytest.approx(ours.metrics["loss"], abs=1e-4)
-    # The norm of the gradient is the service's own: it sees the reduction, which a report of the loss does not.
-    assert theirs.metrics["grad_norm"] == pytest.approx(ours.metrics["grad_norm"], rel=1e-3)
+    # The norm of the gradient is the service's own: it sees the reduction, which a report of the loss does not. This
+    # service shares one matrix A between gate and up, so that it is not quite the same; see `test_the_same_update`.
+    assert theirs.metrics["grad_norm"] == pytest.approx(ours.metrics["grad_norm"], rel=0.02)
     return ours.metrics, theirs.metrics
 
 
@@ -155,17 +156,19 @@ def test_the_loss_that_the_service_reports(kind, remote, batch):
     assert np.mean(means) == pytest.approx(sums["loss"], abs=1e-4)
 
 
-def test_the_same_update(server, tmp_path):
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean"])
+def test_the_same_update(aggregation, server, tmp_path):
     """One update of Adam, its first on either side, from the same adapter: the same policy afterwards."""
-    config = config_of(training__weight_decay=0.1)
+    config = config_of(training__weight_decay=0.1, loss__aggregation=aggregation)
     fresh = TinkerBackend(at_service(config, server), seed=6, say=lambda line: None)
     engine = TinkerEngine(fresh)
     batch = sampled(engine, fresh)
     fresh.save_adapter(tmp_path)
     local = open_twin(config, tmp_path)
     before = local.logprobs(batch.prompts[0], batch.rollouts[0].tokens_T)
-    local.step(batch, 0)
-    fresh.step(batch, 0)
+    ours, theirs = local.step(batch, 0), fresh.step(batch, 0)
+    # B is zero, so that there is no gradient of the shared matrix yet.
+    assert theirs.metrics["grad_norm"] == pytest.approx(ours.metrics["grad_norm"], rel=1e-3)
     engine.publish(1)
     moved = sampled(engine, fresh)
     engine.close()

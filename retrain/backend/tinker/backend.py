@@ -53,11 +53,11 @@ class TinkerBackend:
         self.uncertainty = resolve(config.algorithm.uncertainty, has_entropy=False)
         if config.algorithm.uncertainty == "auto":
             say('uncertainty: "surprisal": a Tinker service gives log-probabilities, and no entropy')
-        vocabulary = load_vocabulary(config.model)
-        self.tokenizer, self.eos_ids, self.vocab_size = vocabulary.tokenizer, vocabulary.eos_ids, vocabulary.vocab_size
         self.service = Service(config.model.base_url, config.backend, say)
         name = config.model.model
         self.base_model, longest = self.service.base_model((name, resolve_model(name)), name)
+        vocabulary = load_vocabulary(config.model)
+        self.tokenizer, self.eos_ids, self.vocab_size = vocabulary.tokenizer, vocabulary.eos_ids, vocabulary.vocab_size
         self.context = min(vocabulary.context, longest or vocabulary.context)
         self.training: Any = self.service.first(
             lambda: self.service.client.create_lora_training_client(
@@ -72,11 +72,12 @@ class TinkerBackend:
         self._state: _State | None = None
         self._adapter: str | None = None
         self._names = 0
+        self._in_step = False
 
     def step(self, batch: Batch, step: int) -> StepResult:
         """Every update of the step is sent before the first is answered. Raises ServerLost, RetrainError.
 
-        After ServerLost, whether the service has made the step is not known: the run's state is what was kept before.
+        Whatever it raises, whether the service has made the step is not known: the run's state is what was kept before.
         """
         loss, training = self.config.loss, self.config.training
         rate = learning_rate(
@@ -95,15 +96,16 @@ class TinkerBackend:
             prepare(batch, members, self.config, uncertainty=self.uncertainty, reduction=self.reduction)
             for members in parts
         ] * loss.epochs
+        self._in_step = True
         sent = [self._send(update, rate, first=i == 0) for i, update in enumerate(updates)]
         state = self._keep(lasting=(step + 1) % training.save_every == 0)
         answers = [(self.service.wait(forward), self.service.wait(optim)) for forward, optim in sent]
-        self._state, self._adapter = state, None
         figures, records = [], []
         for update, (forward, optim) in zip(updates, answers, strict=True):
             sums, passes = measured(update, wire.logprobs(forward), self.config)
             figures.append(sums | wire.grad_norm(optim))
             records.append(passes)
+        self._state, self._adapter, self._in_step = state, None, False
         passes = [record for part in records[: len(parts)] for record in part]
         metrics = {"lr": rate} | combined(figures) | logprob_gap(records[0]) | token_statistics(passes)
         return StepResult(metrics, uncertainty_summary(passes), credit_of_tokens(passes))
@@ -174,13 +176,15 @@ class TinkerBackend:
     def save(self, folder: Path) -> None:
         """The state stays at the service, and `folder` names it; a copy of the adapter comes along.
 
-        A service that is away keeps the state that it has of the last step: the folder names that one, without a copy.
-        Raises ServerLost where it has none.
+        After a failure the folder names what the service has kept of the last whole step, without a copy. Raises
+        ServerLost where that is nothing.
         """
-        state = self._lasting_state()
+        state = self._kept_state() if self._in_step else self._lasting_state()
         facts = {"state": self.service.wait(state.future).path, "lasting": state.lasting}
         facts |= {"service": self.service.name, "training_run": self.training.model_id}
         (folder / SERVICE_STATE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        if self._in_step:
+            return
         try:
             self.save_adapter(folder)
         except ServerLost as lost:
@@ -194,12 +198,17 @@ class TinkerBackend:
         try:
             self.service.wait(lasting.future)
         except ServerLost:
-            if self._state is None:
-                raise
-            self.say(f"the service keeps this state for {self.config.backend.state_ttl_s} s: resume the run within")
-            return self._state
+            return self._kept_state()
         self._state = lasting
         return lasting
+
+    def _kept_state(self) -> _State:
+        """That of the last whole step: a step that failed half-way may have been made or not."""
+        if self._state is None:
+            raise self.service.lost("it has kept no state since the last checkpoint (backend.state_ttl_s = 0)")
+        if not self._state.lasting:
+            self.say(f"the service keeps this state for {self.config.backend.state_ttl_s} s: resume the run within")
+        return self._state
 
     def load(self, folder: Path) -> None:
         """Raises RetrainError where the service no longer has the state, ServerLost."""

@@ -5,6 +5,7 @@ The SDK tries again by itself, in places for ever. Here every wait ends once not
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import logging
 import os
@@ -36,6 +37,7 @@ POLL_SECONDS = 0.2
 # An outage this short is not worth a line.
 QUIET_SECONDS = 3.0
 GREETING_SECONDS = 5.0
+CLOSE_SECONDS = 2.0
 SKYRL_NAME = "Tinker API Mock"
 LONGEST_REASON = 300
 
@@ -57,7 +59,8 @@ class Service:
         self._counted = (0, 0, 0)
         _forward_log(self)
         check_kind(self.name, section.service)
-        self.client: Any = self.first(lambda: _connect(url, open_client(self.monitor)))
+        self._http = open_client(self.monitor)
+        self.client: Any = self.first(lambda: _connect(url, self._http))
         self.models: list[Any] = self.first(lambda: self.client.get_server_capabilities().supported_models)
 
     def first(self, work: Callable[[], T]) -> T:
@@ -96,8 +99,9 @@ class Service:
                 future.cancel()
 
     def _result(self, future: Future[T]) -> T:
-        import tinker
         from tinker.lib.retryable_exception import RetryableException
+
+        import tinker
 
         try:
             return future.result()
@@ -188,7 +192,11 @@ class Service:
         return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
 
     def close(self) -> None:
+        """End the session. Connections are those of the SDK's event loop, and closed on it."""
         self.client.holder.close()
+        closed = asyncio.run_coroutine_threadsafe(self._http.aclose(), self.client.holder.get_loop())
+        with suppress(TimeoutError):
+            closed.result(CLOSE_SECONDS)
 
 
 def check_requirements() -> None:
