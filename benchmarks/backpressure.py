@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def table(seeds: int) -> Iterator[str]:
-    yield f"{STEPS} steps of 1 to 64 prompts x 16, warm-up 10, noise 5% unless said; mean of {seeds} seeds. Lost | settled"
+    yield f"{STEPS} steps of 1 to 64 prompts x 16, noise 5% unless said; {seeds} seeds: mean lost, median settled"
     yield ""
     yield f"| machine | {' | '.join(LABELS[name] for name in POLICIES)} |"
     yield f"|---|{'---|' * len(POLICIES)}"

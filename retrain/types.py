@@ -169,6 +169,6 @@ class StepResult:
 
     metrics: dict[str, float | None] = field(default_factory=dict)
     uncertainty: tuple[tuple[float, float], ...] = ()
-    credit: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
+    credit: tuple[tuple[np.ndarray, np.ndarray], ...] = field(default=(), compare=False)
     skipped: str | None = None
     culprits: tuple[int, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,10 +14,11 @@ from retrain.backpressure import Controller, Usl, open_controller, simulate
 from retrain.backpressure import controller as rules
 from retrain.backpressure.controller import WINDOW, State, decide, observe
 from retrain.backpressure.roofline import intensity, open_roofline
-from retrain.backpressure.simulation import POLICIES, Machine
+from retrain.backpressure.simulation import POLICIES, Machine, Trace
 from retrain.config import BackpressureConfig
 from retrain.config.build import build
 from retrain.estimate import ModelShape
+from retrain.streams import generator, stream_key
 from retrain.training.metrics import BACKPRESSURE
 from retrain.types import RetrainError
 
@@ -77,11 +79,11 @@ def test_warm_up_goes_on_until_three_sizes_are_measured():
 @pytest.mark.parametrize(
     ("peak", "size", "want"),
     [
-        (20, 64, (17, "throttle", "retrograde")),  # 0.85 * 20
-        (20, 18, (17, "throttle", "retrograde")),
-        (20, 17, (17, "hold", "peak")),
-        (20, 9, (9, "hold", "peak")),  # not below 0.5 * 17
-        (20, 8, (17, "increase", "rising")),
+        (20.5, 64, (17, "throttle", "retrograde")),  # 0.85 * 20.5 = 17.4
+        (20.5, 18, (17, "throttle", "retrograde")),
+        (20.5, 17, (17, "hold", "peak")),
+        (20.5, 9, (9, "hold", "peak")),  # not below 0.5 * 17.4
+        (20.5, 8, (17, "increase", "rising")),
         (200, 8, (64, "increase", "rising")),  # within max
         (200, 64, (64, "hold", "rising")),
         (0.5, 8, (1, "throttle", "retrograde")),  # within min
@@ -167,7 +169,7 @@ def test_within_bounds_and_a_function_of_the_checkpoint(speeds, least, extra, wa
 
 
 def test_figures_say_how_the_size_came_about():
-    state = measured(peaking_at(20), batch_size=64)
+    state = measured(peaking_at(20.5), batch_size=64)
     own = Controller(section(), GROUP, state)
     assert own.batch_size == 17
     law = rules.fit_window(state.window, GROUP, 0.9)
@@ -206,8 +208,6 @@ def test_linear_scaling_goes_to_the_largest_size(batch_size, noise):
 
 
 def random_machine(seed):
-    from retrain.streams import generator, stream_key
-
     rng = generator(stream_key(seed, "a machine with a peak"))
     sigma, peak, noise = rng.uniform(0, 0.1), 2 ** rng.uniform(6, 10), rng.uniform(0.01, 0.05)
     return Machine(((0, Usl(50.0, sigma, (1 - sigma) / peak**2)),), noise=noise)
@@ -215,8 +215,8 @@ def random_machine(seed):
 
 def test_with_a_peak_it_does_not_oscillate():
     """`benchmarks/backpressure.py` does this for 500 seeds."""
-    for seed in range(40):
-        trace = simulate(POLICIES["adaptive"], random_machine(seed), steps=90, seed=seed)
+    for seed in range(30):
+        trace = simulate(POLICIES["adaptive"], random_machine(seed), steps=80, seed=seed)
         assert trace.swing(50) <= 1, seed
 
 
@@ -233,7 +233,7 @@ def test_simulated_policies_by_hand():
     machine = Machine(((0, Usl(50, 0.0, 1 / 100**2)),), noise=0.0)  # peak: 6.25 prompts
     sizes = {name: simulate(policy, machine, steps=9).sizes_S.tolist() for name, policy in POLICIES.items()}
     assert sizes["fixed"] == [8] * 9
-    assert sizes["doubling"] == [1, 2, 4, 8, 4, 4, 4, 4, 4]
+    assert sizes["doubling"] == [1, 2, 4, 8, 16, 8, 8, 8, 8]  # 8 is still faster than 4
     assert sizes["aimd"] == [8, 9, 10, 11, 12, 13, 14, 15, 16]
     best = max(range(1, 65), key=lambda size: machine.law(0).throughput(16 * size))
     trace = simulate(POLICIES["fixed"], machine, steps=3, batch_size=best)
@@ -246,8 +246,9 @@ def test_machines_change_and_drift():
     shares = simulate(POLICIES["fixed"], machine, steps=4, batch_size=64).shares_S
     assert list(shares[:2]) == [1, 1]
     assert max(shares[2:]) < 0.3
-    one, two = (simulate(POLICIES["doubling"], Machine(machine.laws, drift=d, noise=0), steps=9) for d in (0, 2.0))
-    assert list(one.sizes_S) != list(two.sizes_S)
+    drifting = Machine(((0, Usl(50, 0, 0)),), noise=0.0, drift=2.0)
+    stopped = [simulate(POLICIES["doubling"], drifting, steps=9, seed=seed).sizes_S[-1] for seed in range(4)]
+    assert min(stopped) < 64  # without drift it never stops before
 
 
 @pytest.mark.parametrize(
@@ -255,10 +256,6 @@ def test_machines_change_and_drift():
     [([4, 4], 0), ([1, 4, 9, 9], 0), ([9, 4, 4, 5], 1), ([5, 9, 9, 2, 3, 2], 4), ([5, 9, 7, 5, 9], 4)],
 )
 def test_swing_by_hand(sizes, swing):
-    import numpy as np
-
-    from retrain.backpressure.simulation import Trace
-
     assert Trace(np.array(sizes), np.ones(len(sizes))).swing(0) == swing
 
 

@@ -28,6 +28,7 @@ from retrain.cli import main
 from retrain.config import run_matrix, to_dict, without_effect_in_campaign
 from retrain.training import durable
 from retrain.training.folder import RunFolder
+from wandb_file import history, run_record
 
 TWO_BY_THREE = """
 [campaign]
@@ -270,6 +271,33 @@ def test_keys_that_a_campaign_replaces_are_said(tmp_path: Path) -> None:
 def test_squeeze_keys_become_flags(tmp_path: Path) -> None:
     config = load(tmp_path, CAMPAIGN, squeeze__target_ranks=[1, 2], squeeze__min_variance_retention=0.5)
     assert flags(config) == ["--squeeze.min_variance_retention=0.5", "--squeeze.target_ranks=1,2"]
+
+
+LOG_SQUEEZE = """
+import sys
+from pathlib import Path
+from retrain.campaign.squeeze import log_to_wandb
+from retrain.config import load_config
+analysis = {"ranks": [1, 4], "mean_variance": {"1": 0.5, "4": 1.0}, "min_variance": {"1": 0.25, "4": 1.0}}
+log_to_wandb(load_config(sys.argv[1]), Path(sys.argv[2]), analysis | {"recommended_rank": 4})
+"""
+
+
+def test_wandb_has_the_squeeze(tmp_path: Path) -> None:
+    path = write_campaign(tmp_path, CAMPAIGN)
+    path.write_text(path.read_text().replace("[logging]", '[logging]\nwandb_project = "p"'))
+    command = [sys.executable, "-c", LOG_SQUEEZE, str(path), str(tmp_path)]
+    done = subprocess.run(
+        command, env={**os.environ, "WANDB_MODE": "offline"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert run_record(written).display_name == "squeeze-analysis"
+    rows = [{key: row[key] for key in row if key.startswith("squeeze/")} for row in history(written)]
+    assert rows == [
+        {"squeeze/mean_variance": 0.5, "squeeze/min_variance": 0.25},
+        {"squeeze/mean_variance": 1.0, "squeeze/min_variance": 1.0},
+    ]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import pytest
 import retrain
 from retrain import cli
 from retrain.cli import main
-from retrain.cli.commands import COMMANDS
+from retrain.cli.commands import COMMANDS, EVERYWHERE, TRAIN
 from retrain.config import KEYS, json_schema
 from retrain.types import RetrainError
 
@@ -65,7 +65,7 @@ def test_help_shows_every_key_and_command(capsys: pytest.CaptureFixture[str]) ->
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     flags = re.findall(r"^  (--[\w.-]+)", text, flags=re.MULTILINE)
-    assert len(flags) == len(set(flags)) == len(KEYS) + 3
+    assert len(flags) == len(set(flags)) == len(KEYS) + len(EVERYWHERE) + len(TRAIN.options)
     assert all(re.search(rf"^  {name} ", text, flags=re.MULTILINE) for name in COMMANDS)
     assert all(len(line) <= 120 for line in text.splitlines())
     assert main(["-h"]) == 0

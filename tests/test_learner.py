@@ -9,12 +9,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import oracle
 import tiny_models as models
-from retrain.backend import packing
 from retrain.inference.pytorch import PyTorchEngine
 from retrain.types import Batch, RetrainError, Rollout
 
@@ -203,7 +200,7 @@ def test_a_step_is_what_the_formulas_say(case, open_local, model_folder, tmp_pat
     assert (parameters(learner) - want).norm() <= tolerance * moved.norm()
 
 
-# ---- invariance ---------------------------------------------------------------------------------------------------
+# ---- invariance, in float32 and of an adapter; in float64, and of all that can be drawn: test_invariants.py ---------
 
 
 def loss_and_gradient(learner, batch):
@@ -222,30 +219,6 @@ def still(open_local):
     return make
 
 
-@pytest.mark.parametrize(
-    ("kind", "aggregation"), list(zip(models.PLAIN, ["token_mean", "seq_mean", "constant"], strict=True))
-)
-def test_loss_and_gradient_do_not_depend_on_how_the_batch_is_cut(kind, aggregation, still, monkeypatch):
-    learner = still(kind, float64=True, loss__aggregation=aggregation, loss__kl_coef=0.1, loss__entropy_coef=0.1)
-    batch = models.random_batch(2, PROMPTS, COMPLETIONS)
-    assert learner.share_prompts
-    loss, gradient = loss_and_gradient(learner, batch)
-    seen = set()
-    order = np.random.default_rng(0).permutation(len(batch.rollouts))
-    for share, budget, token_cost, other in itertools.product(
-        (True, False), (1, 40, 16384), (1, 10**6), (batch, permuted(batch, order), permuted(batch, range(8, -1, -1)))
-    ):
-        monkeypatch.setattr(packing, "TOKEN_COST", token_cost)
-        monkeypatch.setitem(packing.MICRO_BATCH_COST, "cpu", token_cost)
-        learner.share_prompts = share
-        limited(learner, micro_batch_tokens=budget)
-        seen.add(micro_batches(learner, other))
-        got_loss, got_gradient = loss_and_gradient(learner, other)
-        assert got_loss == pytest.approx(loss, rel=1e-9)
-        assert relative(got_gradient, gradient) < 1e-9
-    assert {1, 9} <= seen
-
-
 @pytest.mark.parametrize("kind", models.PLAIN)
 def test_in_float32_cuts_differ_by_rounding_only(kind, still):
     learner = still(kind, algorithm__transform_mode="gtpo_sepa_hicra")
@@ -256,29 +229,6 @@ def test_in_float32_cuts_differ_by_rounding_only(kind, still):
         got_loss, got_gradient = loss_and_gradient(limited(learner, micro_batch_tokens=budget), batch)
         assert got_loss == pytest.approx(loss, rel=1e-5)
         assert relative(got_gradient, gradient) < 1e-5
-
-
-def test_ragged_batches_of_any_shape(still):
-    learner = still("gpt2", float64=True, loss__kind="importance_sampling")
-    lengths = st.integers(1, 12)
-
-    @settings(max_examples=15, deadline=None)
-    @given(
-        shape=st.lists(st.tuples(lengths, st.lists(lengths, min_size=1, max_size=4)), min_size=1, max_size=3),
-        budget=st.sampled_from([1, 20, 60]),
-        data=st.data(),
-    )
-    def check(shape, budget, data):
-        batch = models.random_batch(5, [p for p, _ in shape], [c for _, c in shape])
-        learner.share_prompts = False
-        loss, gradient = loss_and_gradient(limited(learner, micro_batch_tokens=10_000), batch)
-        learner.share_prompts = True
-        order = data.draw(st.permutations(range(len(batch.rollouts))))
-        got_loss, got = loss_and_gradient(limited(learner, micro_batch_tokens=budget), permuted(batch, order))
-        assert got_loss == pytest.approx(loss, rel=1e-9)
-        assert relative(got, gradient) < 1e-8
-
-    check()
 
 
 def test_a_step_on_one_micro_batch_equals_the_step_on_eight(open_local):

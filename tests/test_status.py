@@ -174,7 +174,7 @@ def test_a_run_that_cannot_be_read_does_not_hide_the_others(tmp_path, capsys, na
     assert err.count("\n") == 1
     code, out, _ = status(capsys, tmp_path / "bad", "--json")
     assert code == 1
-    assert json.loads(out) == {"runs": []}
+    assert json.loads(out) == {"campaigns": [], "runs": []}
 
 
 def test_nothing_to_show(tmp_path, capsys):

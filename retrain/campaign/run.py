@@ -227,12 +227,19 @@ class _Campaign:
             analysis = squeeze.read(self.folder)
             self.manifest.squeeze = {"run": self._squeezed, "analysis": analysis}
             self.view.show(squeeze.table(analysis, str(self._squeezed)))
-            if self.config.logging.wandb_project:
-                squeeze.log_to_wandb(self.config, self.folder, analysis)
+            self._log_squeeze(analysis)
         else:
             self.manifest.squeeze = {"run": self._squeezed, "error": _error(job.stderr, 0, status)}
             self.view.say(f"squeeze of {self._squeezed} failed: {self.manifest.squeeze['error']}")
         self.manifest.write(self.folder)
+
+    def _log_squeeze(self, analysis: dict[str, Any]) -> None:
+        if not self.config.logging.wandb_project:
+            return
+        try:
+            squeeze.log_to_wandb(self.config, self.folder, analysis)
+        except RetrainError as error:
+            self.view.say(f"warning: {error}; squeeze.json has it")
 
 
 def placed(run: Run, log_dir: Path, device: str) -> Config:

@@ -13,6 +13,7 @@ from retrain.campaign.schedule import Job
 from retrain.config import KEYS, changed
 from retrain.config.campaign import SQUEEZE_OF_RUNS
 from retrain.training.folder import FINAL
+from retrain.types import RetrainError
 
 if TYPE_CHECKING:
     from retrain.config import Config
@@ -54,18 +55,21 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def log_to_wandb(config: Config, folder: Path, analysis: dict[str, Any]) -> None:
-    """A run of its own beside the campaign's: a step for each rank."""
+    """A run of its own beside the campaign's: a step for each rank. Raises RetrainError where wandb does not start."""
     import wandb
 
     logging = config.logging
-    run = wandb.init(
-        project=logging.wandb_project,
-        entity=logging.wandb_entity or None,
-        name=WANDB_NAME,
-        reinit="create_new",
-        dir=str(folder),
-        settings=wandb.Settings(console="off"),
-    )
+    try:
+        run = wandb.init(
+            project=logging.wandb_project,
+            entity=logging.wandb_entity or None,
+            name=WANDB_NAME,
+            reinit="create_new",
+            dir=str(folder),
+            settings=wandb.Settings(console="off"),
+        )
+    except (wandb.Error, ValueError, OSError) as error:
+        raise RetrainError(f"wandb did not take the squeeze analysis: {error}") from error
     for rank in analysis["ranks"]:
         values = {name: analysis[name][str(rank)] for name in ("mean_variance", "min_variance")}
         run.log({f"squeeze/{name}": value for name, value in values.items()}, step=rank)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from retrain.cli.flags import parse
 from retrain.config import check_available
+from retrain.redact import shown
 from retrain.tracking.console import percent
 from retrain.types import ConfigError, RetrainError
 
@@ -22,7 +23,7 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError(f"--adapter {adapter}: no adapter in that folder (there is no adapter_config.json)")
     from retrain.training.heldout import evaluate_adapter
 
-    say = _quiet if parsed.options["json"] else print
+    say = _quiet if parsed.options["json"] else _say
     result = evaluate_adapter(config, Path(adapter) if adapter else None, say=say)
     if not result.pass_at:
         raise RetrainError(f"none of the {result.errors} completions could be scored: there is no rate to report")
@@ -35,6 +36,10 @@ def run(argv: Sequence[str]) -> int:
     if result.errors:
         print(f"{result.errors} completions could not be scored and are left out")
     return 0
+
+
+def _say(line: str) -> None:
+    print(shown(line))
 
 
 def _quiet(line: str) -> None:

@@ -4,8 +4,8 @@ run.py          a run from its config to its end: `train`;  start.py  anew, or f
 loop.py         the loop
 collect.py      prompts -> scored groups;  batching.py  scored groups -> batch
 evaluate.py     pass@k;  heldout.py  on held-out examples, in a run or of an adapter
-checkpoint.py   what a run can go on from;  durable.py  writes that survive a crash;  extent.py  how far a file is vouched for
-folder.py       the run folder;  metrics.py, metadata.py, records.py  what is in it
+checkpoint.py   what a run can go on from;  durable.py  writes that survive a crash
+folder.py       the run folder;  metrics.py, metadata.py, records.py  what is in it;  extent.py  how much is vouched for
 
 Imports nothing here, so that a run folder can be read without torch.
 """

@@ -109,9 +109,10 @@ def train(config: Config, *, observer: Observer | None = None, trackers: Sequenc
 def open_run(config: Config, start: Start | None, interrupts: Interrupts, observer: Observer, opened: ExitStack) -> Run:
     """Load everything, then take the run folder: what is wrong with the input shows before anything is written.
 
+    A run that goes on in its own folder takes it first: nobody else may change what is loaded.
     opened: closes what is opened here.
     """
-    log_dir = Path(config.logging.log_dir)
+    folder = _take_folder(config, start, opened) if start and start.in_place else None
     _warn_at_load(config, observer.say)
     state = start.state if start else TrainerState(seed=_seed(config))
     evaluates = config.eval.every > 0
@@ -136,13 +137,10 @@ def open_run(config: Config, start: Start | None, interrupts: Interrupts, observ
         device=backend.describe()["device"],
     )
     section = {key: getattr(config.sepa, key) for key in type(config.sepa).model_fields}
-    folder = RunFolder(log_dir)
-    opened.callback(folder.close)
-    recheck(config, start, log_dir)
     return Run(
         config=config,
         state=state,
-        folder=folder,
+        folder=folder or _take_folder(config, start, opened),
         backend=backend,
         engine=source.engine,
         collector=Collector(
@@ -162,6 +160,13 @@ def open_run(config: Config, start: Start | None, interrupts: Interrupts, observ
         backpressure=open_controller(config, state.backpressure),
         recorded_step=state.step,
     )
+
+
+def _take_folder(config: Config, start: Start | None, opened: ExitStack) -> RunFolder:
+    folder = RunFolder(Path(config.logging.log_dir))
+    opened.callback(folder.close)
+    recheck(config, start, folder.path)
+    return folder
 
 
 def _warn_at_load(config: Config, say: Callable[[str], None]) -> None:

@@ -7,12 +7,13 @@ import random
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from retrain.training.checkpoint import CHECKPOINTS
 from scripts.torture.command import Forks, Outcome, Wrong
 from scripts.torture.compare import differences
 
@@ -123,8 +124,13 @@ class Bench:
         outcome = self.run(*words or (self.config,), **how)
         return self.run(*outcome.advice, **how) if outcome.status == 2 else outcome
 
-    def same_as_whole(self, log_dir: Path | None = None, *, config: bool = True, but: Path | None = None) -> None:
+    def same_as_whole(self, log_dir: Path | None = None, *, config: bool = True, but: Collection[Path] = ()) -> None:
         """Raises Wrong where the run differs from the undisturbed one (`differences`)."""
         found = differences(self.whole, log_dir or self.log_dir, config=config, but=but)
         if found:
             raise Wrong("not the run that was left alone:\n" + "\n".join(found))
+
+    def older_checkpoints(self) -> list[Path]:
+        """Of the run and of the undisturbed one, all but the newest, relative to both."""
+        found = [sorted((run / CHECKPOINTS).iterdir())[:-1] for run in (self.log_dir, self.whole)]
+        return [Path(CHECKPOINTS, folder.name) for folder in (*found[0], *found[1])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from retrain.training.metrics import MEASURED
 UNEQUAL = {LOCK, METADATA, EXTENTS, durable.MANIFEST}
 
 
-def differences(a: Path, b: Path, *, config: bool = True, but: Path | None = None) -> list[str]:
+def differences(a: Path, b: Path, *, config: bool = True, but: Collection[Path] = ()) -> list[str]:
     """What differs between two finished runs, a line each; [] where they are the same run.
 
     Every file counts, and so does one that only one of them has. config: whether theirs are to agree as well, but for
-    `log_dir`. but: a folder of theirs, relative to both, that does not count.
+    `log_dir`. but: folders of theirs, relative to both, that do not count.
     """
-    names = [{str(name) for name in _files(run) if name.parent != but} for run in (a, b)]
+    names = [{str(name) for name in _files(run) if name.parent not in but} for run in (a, b)]
     found = [f"{name}: only in one of the two" for name in sorted(names[0] ^ names[1])]
     for name in sorted(names[0] & names[1]):
         kind = Path(name).name
@@ -31,7 +32,7 @@ def differences(a: Path, b: Path, *, config: bool = True, but: Path | None = Non
     for run in (a, b):
         for folder in sorted((run / CHECKPOINTS).iterdir()):
             problem = durable.damage(folder)
-            found += [f"{folder}: {problem}"] if problem and folder.relative_to(run) != but else []
+            found += [f"{folder}: {problem}"] if problem and folder.relative_to(run) not in but else []
     return found
 
 

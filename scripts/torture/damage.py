@@ -80,8 +80,8 @@ def _recover(bench: Bench, name: Path) -> None:
     # An allowed key of the config may have been altered, which is what a user may do, and is said and recorded.
     if "changed: " not in done.out:
         # A damaged checkpoint that is not the newest stays as it is.
-        older = name.parent if name.parts[0] == CHECKPOINTS and not again.exists() and where in _older(bench) else None
-        bench.same_as_whole(again if again.exists() else log_dir, but=older)
+        but = [name.parent] if not again.exists() and name.parent in bench.older_checkpoints() else ()
+        bench.same_as_whole(again if again.exists() else log_dir, but=but)
     elif not (log_dir / METRICS).exists():
         raise Wrong(done.out)
 
@@ -93,11 +93,6 @@ def _move_away(bench: Bench, said: str, words: tuple[object, ...]) -> Outcome:
     source, target = rest.split()
     Path(source).rename(target)
     return bench.run(*words)
-
-
-def _older(bench: Bench) -> list[Path]:
-    """The folders of all checkpoints but the newest."""
-    return sorted((bench.log_dir / CHECKPOINTS).iterdir())[:-1]
 
 
 def _says_the_same(content: bytes, whole: bytes) -> bool:

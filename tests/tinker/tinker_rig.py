@@ -9,7 +9,7 @@ import socket
 import subprocess
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,6 +20,7 @@ PROGRAM = REPOSITORY / ".venv-tinker" / "bin" / "tinker-server"
 MODEL = REPOSITORY / "retrain" / "assets" / "tiny"
 KEY = "tml-a-key-of-the-tests"
 START_SECONDS = 180
+PASSED_ON = ("content-type", "location")
 # Sequences go through the model so many at a time: any other number would be compiled anew.
 ROWS = 8
 BACKEND = f'{{"max_lora_adapters": 16, "max_lora_rank": 8, "train_micro_batch_size": {ROWS}, \
@@ -100,11 +101,11 @@ class _Handler(BaseHTTPRequestHandler):
         status = self.server.fault(self.path)
         if status is not None:
             return self._answer(status, b'{"detail": "a fault of the test"}', {"Content-Type": "application/json"})
-        connection = http.client.HTTPConnection(self.server.target, timeout=120)
-        connection.request(self.command, self.path, body or None, dict(self.headers))
-        response = connection.getresponse()
-        kept = {name: value for name, value in response.getheaders() if name.lower() in ("content-type", "location")}
-        return self._answer(response.status, response.read(), kept)
+        with closing(http.client.HTTPConnection(self.server.target, timeout=120)) as connection:
+            connection.request(self.command, self.path, body or None, dict(self.headers))
+            response = connection.getresponse()
+            kept = {name: value for name, value in response.getheaders() if name.lower() in PASSED_ON}
+            return self._answer(response.status, response.read(), kept)
 
     do_GET = do_POST = _pass
 
