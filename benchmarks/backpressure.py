@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from statistics import mean, median
 
-from retrain.backpressure.simulation import POLICIES, Machine, simulate
+from retrain.backpressure.simulation import POLICIES, Machine, Trace, simulate
 from retrain.backpressure.usl import Usl
 from retrain.streams import generator, stream_key
 
@@ -42,9 +42,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--oscillation-seeds", type=int, default=500)
     args = parser.parse_args(argv)
     print("\n".join(table(args.seeds)))
-    swings = [swing(seed) for seed in range(args.oscillation_seeds)]
-    print(f"\nkappa > 0, {len(swings)} seeds: largest move back from step {CONVERGED} on: {max(swings)} prompt(s)")
-    print(f"moves back of 0, 1, more: {swings.count(0)}, {swings.count(1)}, {sum(s > 1 for s in swings)}")
+    traces = [trace(seed) for seed in range(args.oscillation_seeds)]
+    swings = [one.swing(CONVERGED) for one in traces]
+    still = sum(len(set(one.sizes_S[CONVERGED:])) == 1 for one in traces)
+    lost = [1 - float(one.shares_S[CONVERGED:].mean()) for one in traces]
+    print(f"\nkappa > 0, {len(traces)} seeds, steps {CONVERGED} to {len(traces[0].sizes_S)}:")
+    print(f"largest move back {max(swings)} prompts; {still} runs do not move at all")
+    print(f"throughput lost to the best size: mean {100 * mean(lost):.1f}%, worst {100 * max(lost):.1f}%")
     return 0 if max(swings) <= 1 else 1
 
 
@@ -57,15 +61,15 @@ def table(seeds: int) -> Iterator[str]:
         cells = []
         for policy in POLICIES.values():
             traces = [simulate(policy, machine, steps=STEPS, seed=seed) for seed in range(seeds)]
-            settled = median(trace.settled() for trace in traces)
+            settled = median(one.settled() for one in traces)
             after = "never" if settled >= STEPS else f"{settled:g}"
-            cells.append(f"{100 * mean(trace.regret for trace in traces):.1f}%, {after}")
+            cells.append(f"{100 * mean(one.regret for one in traces):.1f}%, {after}")
         yield f"| {label} | {' | '.join(cells)} |"
 
 
-def swing(seed: int) -> int:
-    """Of a random machine whose peak lies within the allowed sizes, with a noise of 1% to 5%."""
-    return simulate(POLICIES["adaptive"], random_machine(seed), steps=120, seed=seed).swing(CONVERGED)
+def trace(seed: int) -> Trace:
+    """The controller on a random machine."""
+    return simulate(POLICIES["adaptive"], random_machine(seed), steps=120, seed=seed)
 
 
 def random_machine(seed: int) -> Machine:

@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/backpressure_real.py
 
-First a run with `[backpressure]`, then the sizes 1, 2, 4, ... and the one it ended at in turns, a training step each. The
-learning rate is 0 and every group is trained on, so that all steps do the same work for a token. Exit status 0 only
-where the controller's size gives at least 0.9 of the best size's tokens per second.
+First a run with `[backpressure]`, then the sizes 1, 2, 4, ... and the one it ended at in turns, a training step each.
+The learning rate is 0 and every group is trained on, so that all steps do the same work for a token. Exit status 0
+only where the controller's size gives at least 0.9 of the best size's tokens per second.
 """
 
 from __future__ import annotations

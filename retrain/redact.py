@@ -23,7 +23,10 @@ _USER = re.compile(r"://([^/\s@]+)@")
 
 
 def secrets_of(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The secrets of `environ` (None: the process's), each with the name of a variable that holds it; longer ones first: one may be part of another."""
+    """The secrets of `environ` (None: the process's), each with the name of a variable that holds it.
+
+    Longer ones first: one may be part of another.
+    """
     found: dict[str, str] = {}
     for name, value in (os.environ if environ is None else environ).items():
         whole = [value.strip()] if _NAME.search(name) and not _is_path(value) else []

@@ -84,11 +84,12 @@ def decide(state: State, section: BackpressureConfig, group_size: int) -> Decisi
     aim = section.throttle_margin * (math.inf if law.peak is None else law.peak) / group_size
     target = max(math.floor(min(aim, most)), section.min_batch_size)
     if size > aim:
-        return Decision(min(size, target), "throttle" if target < size else "hold", "retrograde", law)
-    # A size once lowered is not raised because a fit, for a moment, sees no peak within reach.
+        return Decision(target, "throttle" if target < size else "hold", "retrograde", law)
+    # A size once lowered is not raised because a fit, for a moment, sees no peak within reach. (0 * inf is nan, and
+    # nothing is below nan: with increase_margin = 0 the size never grows.)
     floor = section.increase_margin * (min(aim, most) if state.throttled else aim)
     if size < floor:
-        return Decision(max(size, target), "increase" if target > size else "hold", "rising", law)
+        return Decision(target, "increase" if target > size else "hold", "rising", law)
     return Decision(size, "hold", "peak", law)
 
 

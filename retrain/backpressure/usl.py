@@ -3,8 +3,8 @@
 X(p) = scale * p / (1 + sigma (p - 1) + kappa p (p - 1))
 
 p: concurrency; X: throughput; sigma: contention (what waits in line); kappa: coherency (what every pair costs). N. J.
-Gunther, "Guerrilla Capacity Planning" (Springer 2007), eq. 4.31; fitted here by bounded non-linear least squares, not
-by the book's linearised regression, whose result differs materially.
+Gunther, "Guerrilla Capacity Planning" (Springer 2007); fitted here by bounded non-linear least squares, not by the linearised
+regression, whose result differs materially.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ MIN_SIZES = 3
 TOLERANCE = 1e-12
 # A parameter of the scaled problem that changes no throughput by more than this share is 0.
 ROUNDING = 1e-9
+# Of its sigma and kappa, where the search begins; those above the bounds are put on them.
 GRID = np.concatenate([[0.0], np.logspace(-3, 6, 37), [np.inf]])
 
 

@@ -53,20 +53,28 @@ def run_campaign(config: Config, campaign_dir: str | None = None) -> Path:
         folders.hint_of_unfinished(config, campaign_dir, view.say)
         opened.enter_context(folders.taken(folder))
         interrupts = opened.enter_context(Interrupts())
-        manifest = folders.open_manifest(folder, config, matrix)
-        manifest.write(folder)
-        _open(config, matrix, folder, manifest, f"{len(executor.devices)} at a time ({why})", view)
-        campaign = _Campaign(config, folder, matrix, manifest, opened.enter_context(view))
-        assert config.campaign is not None
-        run_jobs(
-            campaign.jobs(),
-            executor,
-            campaign,
-            stagger_seconds=config.campaign.stagger_seconds if config.campaign.parallel else 0.0,
-            interrupted=lambda: interrupts.pending,
-        )
-        # Again, lest a run that ended while the signal came counts as stopped.
-        return _close(folder, manifest, view, interrupted=interrupts.pending)
+        try:
+            manifest = folders.open_manifest(folder, config, matrix)
+            manifest.write(folder)
+            _open(config, matrix, folder, manifest, f"{len(executor.devices)} at a time ({why})", view)
+            with view:
+                _run(_Campaign(config, folder, matrix, manifest, view), config, executor, interrupts)
+            return _close(folder, manifest, view, interrupted=interrupts.pending)
+        except OSError as error:
+            raise RetrainError(
+                f"writing to {folder} failed: {error.strerror}. What was written before is complete. {_go_on(folder)}"
+            ) from error
+
+
+def _run(campaign: _Campaign, config: Config, executor: Executor, interrupts: Interrupts) -> None:
+    assert config.campaign is not None
+    run_jobs(
+        campaign.jobs(),
+        executor,
+        campaign,
+        stagger_seconds=config.campaign.stagger_seconds if config.campaign.parallel else 0.0,
+        interrupted=lambda: interrupts.pending,
+    )
 
 
 def _checked_matrix(config: Config) -> tuple[Run, ...]:
@@ -111,11 +119,10 @@ def _open(config: Config, matrix: tuple[Run, ...], folder: Path, manifest: Manif
 def _close(folder: Path, manifest: Manifest, view: View, *, interrupted: bool) -> Path:
     """What is said and written at the end."""
     open_runs = [name for name, entry in manifest.runs.items() if entry.state != "finished"]
-    go_on = f"Go on with the same command and --campaign-dir {shlex.quote(str(folder))}"
     manifest.state = "interrupted" if interrupted and open_runs else "failed" if open_runs else "finished"
     manifest.write(folder)
     if manifest.state == "interrupted":
-        raise Interrupted(f"stopped: {counts(manifest)}. {go_on}")
+        raise Interrupted(f"stopped: {counts(manifest)}. {_go_on(folder)}")
     found = results.measure(folder, manifest)
     durable.write_json(folder / results.RESULTS, found)
     for part in tables(found):
@@ -127,8 +134,12 @@ def _close(folder: Path, manifest: Manifest, view: View, *, interrupted: bool) -
         *_write_report(folder, view),
     ]
     if problems:
-        raise RetrainError("\n  ".join([f"{counts(manifest)}. {go_on}", *problems]))
+        raise RetrainError("\n  ".join([f"{counts(manifest)}. {_go_on(folder)}", *problems]))
     return folder
+
+
+def _go_on(folder: Path) -> str:
+    return f"Go on with the same command and --campaign-dir {shlex.quote(str(folder))}"
 
 
 def _write_report(folder: Path, view: View) -> list[str]:

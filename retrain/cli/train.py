@@ -60,9 +60,10 @@ def train_config(config: Config, campaign_dir: str | None = None) -> int:
 
 
 def opening(config: Config) -> str:
-    training = config.training
+    training, adaptive = config.training, config.backpressure
+    prompts = f"{adaptive.min_batch_size} to {adaptive.max_batch_size}" if adaptive.enabled else training.batch_size
     return (
         f"{config.model.model} on {config.environment.id or config.data.source}: {config.algorithm.condition}, "
-        f"{training.max_steps} steps of {training.batch_size} prompts x {training.group_size} completions, "
+        f"{training.max_steps} steps of {prompts} prompts x {training.group_size} completions, "
         f"into {config.logging.log_dir}"
     )

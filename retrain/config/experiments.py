@@ -13,7 +13,9 @@ from retrain.config.section import Section
 class BackpressureConfig(Section):
     """Adaptive batch size by the Universal Scalability Law."""
 
-    enabled: bool = Field(default=False, description="Adapt the batch size to the measured throughput.")
+    enabled: bool = Field(
+        default=False, description="Adapt the batch size to the measured throughput, from batch_size on."
+    )
     warmup_steps: int = Field(default=10, ge=1, description="Steps that try growing batch sizes before the first fit.")
     ema_decay: float = Field(default=0.9, ge=0, lt=1, description="Decay of the average throughput.")
     throttle_margin: float = Field(default=0.85, gt=0, le=1, description="Target share of the optimal concurrency.")

@@ -12,6 +12,11 @@ MANIFEST = "manifest.json"
 _SEAL = "sha256"
 
 
+def leftovers(folder: Path) -> list[Path]:
+    """What writes that were cut short have left in it; the next write of the same file takes it away."""
+    return list(folder.glob(".*.tmp"))
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write to a temporary name beside `path`, fsync, rename, fsync the folder.
 

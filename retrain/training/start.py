@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrain.config import KEYS, dump_toml, load_config, value_of
-from retrain.training import checkpoint
+from retrain.training import checkpoint, durable
 from retrain.training.checkpoint import CONFIG, EXTENTS, Checkpoint, TrainerState, go_on, start_anew
 from retrain.training.extent import Extent
 from retrain.training.folder import FINAL, METADATA, RunFolder, holds_run, in_use, owner, verify_records
@@ -71,6 +71,8 @@ def find_start(config: Config, log_dir: Path, say: Callable[[str], None]) -> Sta
     Raises ConfigError where there is no such checkpoint, where it or the records up to it are damaged, where `config`
     describes another run than the one it belongs to, and where `log_dir` holds a run that this one would write over.
     """
+    if owner(log_dir) is not None:
+        raise in_use(log_dir)
     source = config.resume.from_
     found = checkpoint.find(Path(source), say) if source else None
     in_place = found is not None and same_folder(found.log_dir, log_dir)
@@ -81,8 +83,6 @@ def find_start(config: Config, log_dir: Path, say: Callable[[str], None]) -> Sta
             f"the run in {found.log_dir} was made with other values of {', '.join(refused)}; resumed with these it "
             f"would be neither run. {_go_on_as_it_was(found)}"
         )
-    if owner(log_dir) is not None:
-        raise in_use(log_dir)
     if not in_place:
         _refuse_to_write_over(log_dir)
     if found is None:
@@ -172,7 +172,7 @@ def _verified_extents(start: Checkpoint) -> dict[str, Extent]:
 
 def _whole(folder: Path) -> bool:
     """Whether a checkpoint and the records up to it are undamaged."""
-    if checkpoint.durable.damage(folder) is not None:
+    if durable.damage(folder) is not None:
         return False
     try:
         verify_records(folder.parent.parent, _extents(folder))
@@ -201,7 +201,8 @@ def is_finished(log_dir: Path, start: Start, say: Callable[[str], None]) -> bool
     lost += [] if _same_file(start.folder / CONFIG, log_dir / CONFIG) else [log_dir / CONFIG]
     for path in lost:
         say(f"{path} is missing or not as it was: it is written again")
-    return not lost and checkpoint.named(log_dir) == start.folder.name
+    tidy = checkpoint.named(log_dir) == start.folder.name and not durable.leftovers(log_dir)
+    return tidy and not lost
 
 
 def _same_file(a: Path, b: Path) -> bool:

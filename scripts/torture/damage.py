@@ -8,7 +8,6 @@ import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from retrain.training.checkpoint import CHECKPOINTS
 from retrain.training.folder import CONFIG, LOCK, METADATA, METRICS
 from scripts.torture.bench import Bench
 from scripts.torture.command import Outcome, Wrong

@@ -95,11 +95,13 @@ def test_thirty_steps_learn_though_killed(config, tmp_path, server):
     assert asked == [i for i in range(STEPS * BATCH) for _ in range(GROUP)]
     # Weights and moments are those of step 10: the steps that were lost come out as they had been.
     for before, after in zip(first_try[10:13], rows[10:13], strict=True):
-        for key in ("loss", "grad_norm", "mean_reward", "exec_uncertainty_var", "sepa_lambda"):
-            assert after.get(key) == pytest.approx(before.get(key), abs=1e-4), key
+        for key in ("loss", "grad_norm", "mean_reward", "completion_tokens", "sepa_lambda"):
+            assert after[key] == pytest.approx(before[key], abs=1e-4), key
     assert max(row["logprob_gap_max"] for row in rows) < 1e-3
     assert {row["uncertainty"] for row in rows} == {"surprisal"}
-    assert all(row["entropy_mean"] is None and row["grad_norm"] > 0 for row in rows)
+    assert {row["entropy_mean"] for row in rows} == {None}
+    # None was skipped; a step whose groups are all uniform has no gradient.
+    assert np.median([row["grad_norm"] for row in rows]) > 0
     early, late = (np.mean([row["correct_rate"] for row in part]) for part in (rows[:5], rows[-5:]))
     assert late > early + 0.15, (early, late)
     adapter = load_with_peft(tinker_rig.MODEL, log_dir / "final")
