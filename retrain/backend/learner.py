@@ -25,7 +25,7 @@ from retrain.backend.figures import (
     uncertainty_summary,
 )
 from retrain.backend.model import Policy
-from retrain.backend.packing import MicroBatch, loss_denominator, pack
+from retrain.backend.packing import MicroBatch, loss_denominator, pack, trained
 from retrain.backend.recovery import NotFinite, OutOfMemory, all_or_nothing, fitting, release_memory
 from retrain.types import Batch, RetrainError, Rollout, StepResult
 from retrain_kernels import linear_logprob, policy_loss
@@ -277,7 +277,7 @@ class Learner:
 
 
 def _check_sampler(batch: Batch) -> None:
-    bad = [i for i, rollout in enumerate(batch.rollouts) if not np.isfinite(rollout.logprobs_T).all()]
+    bad = [i for i, r in enumerate(batch.rollouts) if not np.isfinite(trained(r, r.logprobs_T)).all()]
     if bad:
         raise NotFinite("sampler's log-probabilities", bad)
 

@@ -130,30 +130,30 @@ def _build(batch: Batch, rows: list[_Row], pad_id: int, device: torch.device) ->
             # Each token is predicted by its predecessor; that of the first is the prompt's last.
             predictor = np.arange(start - 1, end - 1)
             predictor[0] = len(prompt) - 1
-            predictors.append(_trained(rollout, r * width + predictor))
+            predictors.append(trained(rollout, r * width + predictor))
     shared = any(len(row.members) > 1 for row in rows)
 
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device)
 
-    def trained(name: str, dtype: type) -> Tensor:
-        return tensor(np.concatenate([_trained(r, getattr(r, name)) for r in rollouts]).astype(dtype))
+    def joined(name: str, dtype: type) -> Tensor:
+        return tensor(np.concatenate([trained(r, getattr(r, name)) for r in rollouts]).astype(dtype))
 
     return MicroBatch(
         tokens_RS=tensor(tokens),
         positions_RS=tensor(positions),
         mask=_attention(tensor(segments)) if shared else None,
         predictor_N=tensor(np.concatenate(predictors)),
-        targets_N=trained("tokens_T", np.int64),
-        sampler_logprob_N=trained("logprobs_T", np.float32),
-        planning_N=trained("planning_T", bool),
+        targets_N=joined("tokens_T", np.int64),
+        sampler_logprob_N=joined("logprobs_T", np.float32),
+        planning_N=joined("planning_T", bool),
         advantages_B=tensor(np.array([r.advantage for r in rollouts], dtype=np.float32)),
         cu_seqlens=tensor(np.concatenate(([0], np.cumsum([len(r) for r in rollouts]))).astype(np.int32)),
         members=tuple(i for row in rows for i in row.members),
     )
 
 
-def _trained(rollout: Rollout, values_T: np.ndarray) -> np.ndarray:
+def trained(rollout: Rollout, values_T: np.ndarray) -> np.ndarray:
     """What belongs to the tokens that are trained on."""
     return values_T if rollout.sampled_T is None else values_T[rollout.sampled_T]
 

@@ -3,8 +3,8 @@
 X(p) = scale * p / (1 + sigma (p - 1) + kappa p (p - 1))
 
 p: concurrency; X: throughput; sigma: contention (what waits in line); kappa: coherency (what every pair costs). N. J.
-Gunther, "Guerrilla Capacity Planning" (Springer 2007); fitted here by bounded non-linear least squares, not by the linearised
-regression, whose result differs materially.
+Gunther, "Guerrilla Capacity Planning" (Springer 2007); fitted here by bounded non-linear least squares, not by
+the linearised regression, whose result differs materially.
 """
 
 from __future__ import annotations

@@ -54,11 +54,10 @@ class BackendConfig(Section):
         description="Folder where the adapter is published for external engines, one sub-folder per policy version.",
     )
 
-
     service: Literal["tinker", "skyrl"] = Field(
         default="tinker",
-        description="Whose service is at `model.base_url`: Thinking Machines' `tinker`, or a server of `skyrl` (its JAX "
-        "backend), which reduces the loss in another way and does not clip gradients. Backend `tinker` only.",
+        description="Whose service is at `model.base_url`: Thinking Machines' `tinker`, or a server of `skyrl` (its "
+        "JAX backend), which reduces the loss in another way and does not clip gradients. Backend `tinker` only.",
     )
     max_concurrent: int = Field(
         default=64, ge=1, description="Most sampling requests under way at the service, each for one group."

@@ -153,8 +153,8 @@ class Forks:
             file = os.open(f"{mine}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, descriptor)
             os.close(file)
-        for stream in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(stream, signal.default_int_handler if stream == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sys.argv = ["retrain", *words]
         if before is not None:
             before()
