@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from retrain.campaign.results import MEASURES, compare
+from retrain.campaign.results import MEASURES, compare, remarks
 from retrain.config import dump_toml
 from retrain.config.build import build
 
@@ -127,5 +127,5 @@ def make_campaign(folder: Path, *, seeds: tuple[int, ...] = (1, 2, 3), **keys: A
         "missing": {"maxrl+gtpo_sepa_s9": "failed"},
         "measures": {"last_tenth": measure},
     }
-    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "results.json").write_text(json.dumps({**results, "remarks": list(remarks(results))}))
     return folder

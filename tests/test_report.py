@@ -239,7 +239,7 @@ def test_the_page_of_a_campaign(tmp_path):
     ):
         assert cell in cells, cell
     notes = " ".join(page.texts["li"])
-    assert "maxrl+gtpo_sepa_s9 is left out: failed" in notes
+    assert "maxrl+gtpo_sepa_s9 is left out (failed)" in notes
     assert "does not mean that there is no effect" in notes
     assert {one["run"] for one in page.data["completions"]} == {
         f"{name}_s{seed}" for name in ("grpo+gtpo_sepa", "maxrl+gtpo_sepa") for seed in (1, 2, 3)

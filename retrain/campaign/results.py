@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def measure(folder: Path, manifest: Manifest) -> dict[str, Any]:
         if entry.state == "finished"
     }
     runs = {name: {**asdict_run(manifest, name), **found} for name, found in measured.items() if found}
-    return {
+    results = {
         "baseline": manifest.conditions[0],
         "conditions": manifest.conditions,
         "seeds": manifest.seeds,
@@ -50,6 +50,7 @@ def measure(folder: Path, manifest: Manifest) -> dict[str, Any]:
             name: {"title": title, **compare(_values(manifest, runs, name))} for name, title in MEASURES.items()
         },
     }
+    return {**results, "remarks": list(remarks(results))}
 
 
 def asdict_run(manifest: Manifest, name: str) -> dict[str, Any]:
@@ -110,6 +111,32 @@ def compare(values: Values) -> dict[str, Any]:
         for name, by_seed in values.items()
     }
     return {"conditions": conditions, "comparisons": comparisons}
+
+
+def remarks(results: dict[str, Any]) -> Iterator[str]:
+    """What a reader must know to read the tables rightly."""
+    for name, why in results["missing"].items():
+        yield f"{name} is left out ({why}): comparisons use the seeds that both conditions have"
+    if len(results["seeds"]) < 2:
+        yield "one seed: no interval and no test exists; name more [campaign] seeds"
+    comparisons = [one for measure in results["measures"].values() for one in measure["comparisons"].values()]
+    if not comparisons:
+        return
+    if not any(one["n"] for one in comparisons):
+        yield "no seed is finished in two conditions: there is nothing to compare"
+        return
+    if any(one["n"] > 1 and one["sd"] == 0 for one in comparisons):
+        yield "differences that are the same for every seed have no interval: how much they vary is not known"
+    yield "p: paired t test; (flips): sign-flip permutation test; both corrected for the number of conditions (Holm)"
+    yield (
+        f"seeds needed: to see a difference of {100 * results['difference']:g} point with "
+        f"{results['power']:.0%} power, as much as the differences vary here"
+    )
+    if any(one["verdict"] == CANNOT_TELL for one in comparisons):
+        yield f'"{CANNOT_TELL}": the data do not decide; it does not mean that there is no effect'
+    least = min(2 ** (1 - one["n"]) for one in comparisons if one["n"])
+    if least > 1 - results["confidence"]:
+        yield f"with so few seeds the permutation test cannot give less than p = {least:g}, whatever the runs do"
 
 
 def _within(estimate: Estimate, lowest: float) -> dict[str, Any]:

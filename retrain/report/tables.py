@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from retrain.tracking.console import number, percent
+from retrain.tracking.console import interval, number, p_value, percent, points
 
 if TYPE_CHECKING:
     from retrain.report.gather import Content
@@ -85,40 +85,13 @@ def results_tables(results: dict[str, Any]) -> Iterator[str]:
             compared = ["baseline" if name == results["baseline"] else "-", "", "", "", "", ""]
             if other is not None:
                 compared = [
-                    _points(other["mean"]),
-                    _interval(other, _points),
-                    _p(other["p_t_holm"]),
-                    _p(other["p_flip_holm"]),
+                    points(other["mean"]),
+                    interval(other, points),
+                    p_value(other["p_t_holm"]),
+                    p_value(other["p_flip_holm"]),
                     "-" if other["seeds_needed"] is None else f"{other['seeds_needed']:,}",
                     other["verdict"],
                 ]
-            rows.append([name, own["n"], percent(own["mean"]), _interval(own, percent), *compared])
+            rows.append([name, own["n"], percent(own["mean"]), interval(own, percent), *compared])
         yield table(measure["title"], headers, rows)
-    yield f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in _remarks(results))}</ul>"
-
-
-def _remarks(results: dict[str, Any]) -> Iterator[str]:
-    for name, why in results["missing"].items():
-        yield f"{name} is left out: {why}."
-    if len(results["seeds"]) < 2:
-        yield "One seed: no interval and no test exists."
-    yield (
-        "Differences are in points of the correct rate, paired by seed. p: paired t test; (flips): sign-flip "
-        "permutation test; both corrected for the number of conditions (Holm)."
-    )
-    yield (
-        f"Seeds needed: to see a difference of {100 * results['difference']:g} point with {results['power']:.0%} power."
-    )
-    yield '"cannot tell": the data do not decide. It does not mean that there is no effect.'
-
-
-def _points(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:+.1f}"
-
-
-def _interval(estimate: dict[str, Any], show: Any) -> str:
-    return "-" if estimate["low"] is None else f"{show(estimate['low'])} to {show(estimate['high'])}"
-
-
-def _p(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
+    yield f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in results['remarks'])}</ul>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Any
 
@@ -114,6 +115,19 @@ def number(value: float | None) -> str:
 
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}%"
+
+
+def points(difference: float | None) -> str:
+    """A difference of rates, in points."""
+    return "-" if difference is None else f"{100 * difference:+.1f}"
+
+
+def interval(estimate: Mapping[str, Any], show: Callable[[float], str]) -> str:
+    return "-" if estimate["low"] is None else f"{show(estimate['low'])} to {show(estimate['high'])}"
+
+
+def p_value(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
 
 
 def clock(seconds: float) -> str:
