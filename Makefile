@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := $(shell date -u +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test kernels check docs tiny smollm2 test-smollm2 test-servers test-report test-tinker torture clean
+.PHONY: help demo test kernels check docs tiny smollm2 test-smollm2 test-servers test-report test-tinker torture audit clean
 
 help:  ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/make \1\t\2/' | expand -t 22
@@ -20,12 +20,21 @@ kernels: .venv/dev  ## compile the Triton kernels for every GPU, and test them a
 	$(BIN)/python scripts/compile_kernels.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m large tests/kernels
 
-check: .venv/dev  ## lint, types, import layers, generated docs
+check: .venv/dev  ## lint, types, import layers, generated docs, dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/gen_docs.py --check
+	$(BIN)/python scripts/audit_dependencies.py
+
+audit: .venv/dev  ## known vulnerabilities of what is installed, asked at osv.dev
+	$(BIN)/python scripts/audit_dependencies.py --strict
+
+torture: .venv/dev  ## kills, damage, invariants and a soak: two hours, see docs/reliability.md
+	$(BIN)/python -m scripts.torture
+	$(BIN)/python scripts/soak.py
+	HYPOTHESIS_PROFILE=long OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --timeout=3600 tests/test_invariants.py
 
 docs: .venv/dev  ## write the generated pages of docs/
 	$(BIN)/python scripts/gen_docs.py

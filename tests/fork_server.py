@@ -7,6 +7,7 @@ when it has ended, its exit status. `main` is entered as `python -m retrain` doe
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -44,6 +45,9 @@ def become(request: dict) -> None:
         os.dup2(file, number)
         os.close(file)
     sys.argv[1:] = request["arguments"]
+    # As `python -m` begins it: the folder it is started in, and PYTHONPATH, in place of this file's own folder.
+    sys.path[:1] = [request["folder"], *filter(None, request["environment"].get("PYTHONPATH", "").split(os.pathsep))]
+    importlib.invalidate_caches()
 
 
 if __name__ == "__main__":

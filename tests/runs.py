@@ -31,8 +31,8 @@ transform_mode = "gtpo_sepa_hicra"
 seed = 11
 max_steps = 6
 batch_size = 2
-group_size = 8
-max_tokens = 24
+group_size = 4
+max_tokens = 12
 temperature = 1.0
 lr = 1e-3
 save_every = 2
@@ -52,9 +52,11 @@ log_dir = "{log_dir}"
 """
 
 
-def write_config(folder: Path, log_dir: Path, extra: str = "") -> Path:
+def write_config(folder: Path, log_dir: Path, extra: str = "", *, learns: bool = False) -> Path:
+    """learns: with groups and answers long enough that some completions are right, so that most steps train."""
     path = folder / "config.toml"
-    path.write_text(SMALL.replace("{log_dir}", str(log_dir)) + extra, encoding="utf-8")
+    small = SMALL.replace("group_size = 4\nmax_tokens = 12\n", "group_size = 8\nmax_tokens = 24\n") if learns else SMALL
+    path.write_text(small.replace("{log_dir}", str(log_dir)) + extra, encoding="utf-8")
     return path
 
 

@@ -16,8 +16,9 @@ from runs import assert_same_run, lines, retrain, start, write_config
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
-    done = retrain(write_config(folder, folder / "run"))
+    done = retrain(write_config(folder, folder / "run", learns=True))
     assert done.returncode == 0, done.stderr
+    assert sum(row["grad_norm"] is not None for row in lines(folder / "run" / "metrics.jsonl")) >= 3
     return folder / "run"
 
 
@@ -36,14 +37,14 @@ def resume(log_dir: Path, *flags: object) -> None:
 
 
 def test_another_seed_is_another_run(whole: Path, tmp_path: Path) -> None:
-    done = retrain(write_config(tmp_path, tmp_path / "run"), "--seed", 12, "--max-steps", 1)
+    done = retrain(write_config(tmp_path, tmp_path / "run", learns=True), "--seed", 12, "--max-steps", 1)
     assert done.returncode == 0, done.stderr
     assert lines(whole / "generations.jsonl")[0] != lines(tmp_path / "run" / "generations.jsonl")[0]
 
 
 def test_stopped(whole: Path, tmp_path: Path) -> None:
     log_dir = tmp_path / "run"
-    process = start(write_config(tmp_path, log_dir))
+    process = start(write_config(tmp_path, log_dir, learns=True))
     wait_for(log_dir, 3)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate()
@@ -58,7 +59,7 @@ def test_stopped(whole: Path, tmp_path: Path) -> None:
 
 def test_stopped_while_it_loads(tmp_path: Path) -> None:
     log_dir = tmp_path / "run"
-    process = start(write_config(tmp_path, log_dir))
+    process = start(write_config(tmp_path, log_dir, learns=True))
     assert process.stdout is not None
     assert "steps of" in process.stdout.readline()
     assert "loading" in process.stdout.readline()

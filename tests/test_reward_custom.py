@@ -114,7 +114,7 @@ def test_a_coroutine_where_a_number_is_expected(custom):
 def test_a_score_is_finite_or_an_error(value):
     verdict = _checked(value, "f")
     assert (verdict.value is None) == (verdict.error is not None)
-    assert verdict.value is None or (math.isfinite(verdict.value) and verdict.value == value)
+    assert verdict.value is None or (math.isfinite(verdict.value) and verdict.value == float(value))
 
 
 def test_a_function_that_hangs_is_an_error_and_its_thread_is_left_behind(custom):

@@ -37,6 +37,7 @@ def test_run_folder(run: Path) -> None:
         ".lock",
         "checkpoints",
         "config.toml",
+        "credit.jsonl",
         "final",
         "generations.jsonl",
         "metadata.json",
