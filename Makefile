@@ -31,7 +31,7 @@ check: .venv/dev  ## lint, types, import layers, generated docs, dependencies
 audit: .venv/dev  ## known vulnerabilities of what is installed, asked at osv.dev
 	$(BIN)/python scripts/audit_dependencies.py --strict
 
-torture: .venv/dev  ## kills, damage, invariants and a soak: two hours, see docs/reliability.md
+torture: .venv/dev  ## kills, damage, a soak, invariants: about an hour, see docs/reliability.md
 	$(BIN)/python -m scripts.torture
 	$(BIN)/python scripts/soak.py
 	HYPOTHESIS_PROFILE=long OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --timeout=3600 tests/test_invariants.py

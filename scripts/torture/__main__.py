@@ -41,6 +41,7 @@ def main() -> int:
         "seed": asked.seed,
         "seconds": round(time.monotonic() - began, 1),
         "write_points": len(bench.points),
+        "kills": bench.run.killed,
         "out_of_time": out_of_time,
         "tried": dict(bench.tried),
         "skipped": bench.skipped,
@@ -100,8 +101,9 @@ def everything(bench: Bench, runs: int) -> None:
     trials = [partial(kills.at_write_points, bench, "before", [at]) for at in points]
     trials += [partial(kills.at_write_points, bench, "torn", [at]) for at in points if _is_write(bench.points[at])]
     trials += [partial(kills.at_write_points, bench, "power", [at]) for at in points]
-    trials += [partial(kills.while_going_back, bench, [at]) for at in range(120)]
-    trials += [partial(kills.while_forking, bench, [at]) for at in range(150)]
+    back, fork = kills.points_of_both(bench)
+    trials += [partial(kills.while_going_back, bench, [at]) for at in range(back)]
+    trials += [partial(kills.while_forking, bench, [at]) for at in range(fork)]
     trials += [partial(kills.at_random_moments, bench, 1)] * runs
     trials += [
         partial(kills.stopped, bench, number) for number in islice(cycle((signal.SIGINT, signal.SIGTERM)), runs // 5)
@@ -151,6 +153,7 @@ def table(result: dict) -> str:
     width = max(map(len, tried))
     rows = [f"{name:<{width}}  {count:>6}  {len(wrong.get(name, ())) or '-':>5}" for name, count in tried.items()]
     rows += [f"{name:<{width}}  skipped: {why}" for name, why in result["skipped"].items()]
+    rows += [f"{'SIGKILLs, of the forks':<{width}}  {result['kills']:>6}"]
     details = [f"\nWRONG: {name}: {each}" for name, found in wrong.items() for each in found]
     return "\n".join([f"{'':<{width}}  {'trials':>6}  {'wrong':>5}", *rows, *details])
 

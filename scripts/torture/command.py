@@ -77,11 +77,12 @@ def fresh_killed(cpu_seconds: float, *arguments: object) -> None:
         signal_after(process.pid, cpu_seconds)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Forks:
-    """Runs the command in forks of this process. scratch: a folder for what they print."""
+    """Runs the command in forks of this process. scratch: a folder for what they print. killed: how many were."""
 
     scratch: Path
+    killed: int = 0
 
     def __call__(
         self,
@@ -131,6 +132,7 @@ class Forks:
     def finish(self, child: int, words: Sequence[str]) -> Outcome:
         _, status = os.waitpid(child, 0)
         out, err, points = (self.scratch / f"{child}.{name}" for name in ("out", "err", "points"))
+        self.killed += os.waitstatus_to_exitcode(status) == KILLED
         counted = json.loads(points.read_text()) if points.exists() else ()
         outcome = Outcome(
             tuple(words),

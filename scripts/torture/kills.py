@@ -59,28 +59,40 @@ def in_fresh_processes(bench: Bench, runs: int) -> None:
             bench.same_as_whole()
 
 
-def while_going_back(bench: Bench, points: Iterable[int], *, step: int = 4) -> None:
+def while_going_back(bench: Bench, points: Iterable[int]) -> None:
     """A finished run goes back to an earlier checkpoint of its own, and is killed on the way."""
-    where = bench.log_dir / "checkpoints" / f"step_{step:06d}"
-    words = (bench.log_dir / "config.toml", "--resume", where)
     for at in points:
         with bench.trial("killed while going back to an earlier checkpoint", str(at), begun=True):
-            done = bench.run(*words, watch=bench.log_dir, death=Death(at, power=at % 2 == 1))
-            if done.status == KILLED:
-                done = bench.run(bench.log_dir / "config.toml", "--resume", bench.log_dir)
-            done.expect(0)
+            bench.run(*_back(bench), watch=bench.log_dir, death=Death(at, power=at % 2 == 1)).expect(KILLED)
+            bench.run(bench.log_dir / "config.toml", "--resume", bench.log_dir).expect(0)
             bench.same_as_whole()
 
 
-def while_forking(bench: Bench, points: Iterable[int], *, step: int = 4) -> None:
+def while_forking(bench: Bench, points: Iterable[int]) -> None:
     """A fork into another folder is killed; the same command begins it again, or says how to go on."""
-    fork = bench.root / "fork"
-    words = (bench.config, "--resume", bench.whole / "checkpoints" / f"step_{step:06d}", "--log-dir", fork)
     for at in points:
-        shutil.rmtree(fork, ignore_errors=True)
+        shutil.rmtree(bench.root / "fork", ignore_errors=True)
         with bench.trial("killed while forking into another folder", str(at)):
-            done = bench.run(*words, watch=fork, death=Death(at, power=at % 2 == 1))
-            if done.status == KILLED:
-                done = bench.again(*words)
-            done.expect(0)
-            bench.same_as_whole(fork)
+            bench.run(*_fork(bench), watch=bench.root / "fork", death=Death(at, power=at % 2 == 1)).expect(KILLED)
+            bench.again(*_fork(bench)).expect(0)
+            bench.same_as_whole(bench.root / "fork")
+
+
+def points_of_both(bench: Bench) -> tuple[int, int]:
+    """How many changes going back makes, and how many a fork."""
+    shutil.rmtree(bench.root / "fork", ignore_errors=True)
+    with bench.trial("going back and forking, changes counted", begun=True):
+        back = bench.run(*_back(bench), watch=bench.log_dir).expect(0)
+        bench.same_as_whole()
+        fork = bench.run(*_fork(bench), watch=bench.root / "fork").expect(0)
+        bench.same_as_whole(bench.root / "fork")
+        return len(back.points), len(fork.points)
+    return 0, 0
+
+
+def _back(bench: Bench) -> tuple[object, ...]:
+    return bench.log_dir / "config.toml", "--resume", bench.log_dir / "checkpoints" / "step_000004"
+
+
+def _fork(bench: Bench) -> tuple[object, ...]:
+    return bench.config, "--resume", bench.whole / "checkpoints" / "step_000004", "--log-dir", bench.root / "fork"
