@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from retrain.report.charts import is_shown
+from retrain.report.plans import is_shown
 from retrain.report.read import Records, last_step, read_records
 from retrain.training.folder import CONFIG
 from retrain.training.overview import find_runs, read_run

@@ -118,7 +118,8 @@ def run_steps(run: Run) -> None:
         with watch("train"):
             learned = _learn(run, credited)
         _advance(run, got, summary)
-        others = _balance(run, summary, credited, learned, watch) | squeeze_if_due(run)
+        others = _balance(run, summary, credited, learned, watch)
+        others |= squeeze_if_due(run.config, state, run.backend, run.observer.say)
         _record(run, got, summary, credited, learned, watch, others)
         if state.step % run.config.training.save_every == 0:
             save(run)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from retrain.backend import Backend
+from retrain.training.checkpoint import TrainerState
 
 if TYPE_CHECKING:
     from retrain.config import Config
-    from retrain.training.loop import Run
 
 
 def rank_after(config: Config, step: int) -> int:
@@ -18,19 +21,18 @@ def rank_after(config: Config, step: int) -> int:
     return rank
 
 
-def squeeze_if_due(run: Run) -> dict[str, Any]:
+def squeeze_if_due(config: Config, state: TrainerState, backend: Backend, say: Callable[[str], None]) -> dict[str, Any]:
     """After the step that has just finished; a squeezed adapter is another policy version. Figures for the metrics."""
-    config, state = run.config, run.state
     rank = rank_after(config, state.step)
     if rank == rank_after(config, state.step - 1):
         return {"lora_rank": rank, "squeeze_variance": None}
     from retrain.backend.local import LocalBackend
 
-    assert isinstance(run.backend, LocalBackend)  # the config's checks see to it
-    kept = run.backend.squeeze(rank)
+    assert isinstance(backend, LocalBackend)  # the config's checks see to it
+    kept = backend.squeeze(rank)
     state.policy_version += 1
     mean, worst = sum(kept.values()) / len(kept), min(kept, key=lambda name: kept[name])
-    run.observer.say(
+    say(
         f"step {state.step}: adapter squeezed to rank {rank}; it keeps {mean:.2%} of the variance on average, "
         f"{kept[worst]:.2%} in the worst layer ({worst})"
     )

@@ -12,19 +12,10 @@ from playwright.sync_api import BrowserContext, Page, Playwright, sync_playwrigh
 
 from report_runs import HOSTILE, credit_row, generation_row, make_campaign, make_run, metrics_row
 from retrain.report import write_report
+from scripts.screenshots import FLAGS, NAMES
 
 pytestmark = pytest.mark.browser
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 # The value of a custom property as an "rgb(r, g, b)".
 SHOWN = """(name) => {
   const probe = document.createElement('i');
