@@ -26,6 +26,7 @@ def row(step, **keys):
         "tokens_per_s": 800.0,
         "correct_rate": 0.5,
         "running_correct_rate": 0.25,
+        "warnings": ["truncated"],
     } | keys
 
 
@@ -71,13 +72,14 @@ def test_a_finished_run(tmp_path, capsys):
             "tokens_per_s": 800.0,
             "correct_rate": 0.5,
             "running_correct_rate": 0.25,
+            "warnings": ["truncated"],
             "last_checkpoint": "step_000002",
         }
     ]
     code, out, err = status(capsys, log_dir)
     assert (code, err) == (0, "")
     line = next(line for line in out.splitlines() if str(log_dir) in line)
-    for fact in ("finished", "3/9", "1.25", "50.0%", "25.0%", "step_000002"):
+    for fact in ("finished", "3/9", "1.25", "50.0%", "25.0%", "step_000002", "truncated"):
         assert fact in line
     assert "pid" not in line
 

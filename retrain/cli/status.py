@@ -82,8 +82,9 @@ def _state(entry: dict[str, Any]) -> str:
 
 def _table(runs: list[dict[str, Any]]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("run", "state", "step", "s/step", "correct", f"last {RUNNING_STEPS}", "checkpoint"):
-        table.add_column(name, justify="left" if name in ("run", "state", "checkpoint") else "right", overflow="fold")
+    words = ("run", "state", "checkpoint", "warnings")
+    for name in ("run", "state", "step", "s/step", "correct", f"last {RUNNING_STEPS}", "checkpoint", "warnings"):
+        table.add_column(name, justify="left" if name in words else "right", overflow="fold")
     for entry in runs:
         table.add_row(
             Text(entry["log_dir"]),  # not markup, whatever it is called
@@ -93,5 +94,6 @@ def _table(runs: list[dict[str, Any]]) -> Table:
             percent(entry["correct_rate"]),
             percent(entry["running_correct_rate"]),
             entry["last_checkpoint"] or "-",
+            Text(", ".join(entry["warnings"]), style="yellow"),
         )
     return table

@@ -51,5 +51,6 @@ def read_run(log_dir: Path) -> dict[str, Any]:
         "tokens_per_s": last.get("tokens_per_s"),
         "correct_rate": last.get("correct_rate"),
         "running_correct_rate": last.get("running_correct_rate"),
+        "warnings": last.get("warnings", []),
         "last_checkpoint": named(log_dir),
     }
