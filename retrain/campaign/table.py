@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from retrain.tracking.console import interval, p_value, percent, points
+from retrain.tracking.console import compared, interval, percent
 
 
 def tables(results: dict[str, Any]) -> Iterator[RenderableType]:
@@ -33,13 +33,6 @@ def _table(results: dict[str, Any], measure: dict[str, Any]) -> Table:
         cells = [name, str(own["n"]), percent(own["mean"]), interval(own, percent)]
         other = measure["comparisons"].get(name)
         if other is not None:
-            cells += [
-                points(other["mean"]),
-                interval(other, points),
-                p_value(other["p_t_holm"]),
-                p_value(other["p_flip_holm"]),
-                "-" if other["seeds_needed"] is None else f"{other['seeds_needed']:,}",
-                other["verdict"],
-            ]
+            cells += compared(other)
         table.add_row(*map(Text, cells))
     return table

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from retrain.tracking.console import interval, number, p_value, percent, points
+from retrain.tracking.console import compared, interval, number, percent
 
 if TYPE_CHECKING:
     from retrain.report.gather import Content
@@ -82,16 +82,8 @@ def results_tables(results: dict[str, Any]) -> Iterator[str]:
         rows = []
         for name, own in measure["conditions"].items():
             other = measure["comparisons"].get(name)
-            compared = ["baseline" if name == results["baseline"] else "-", "", "", "", "", ""]
-            if other is not None:
-                compared = [
-                    points(other["mean"]),
-                    interval(other, points),
-                    p_value(other["p_t_holm"]),
-                    p_value(other["p_flip_holm"]),
-                    "-" if other["seeds_needed"] is None else f"{other['seeds_needed']:,}",
-                    other["verdict"],
-                ]
-            rows.append([name, own["n"], percent(own["mean"]), interval(own, percent), *compared])
+            baseline = ["baseline" if name == results["baseline"] else "-", "", "", "", "", ""]
+            cells = compared(other) if other is not None else baseline
+            rows.append([name, own["n"], percent(own["mean"]), interval(own, percent), *cells])
         yield table(measure["title"], headers, rows)
     yield f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in results['remarks'])}</ul>"

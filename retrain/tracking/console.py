@@ -130,6 +130,19 @@ def p_value(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
 
 
+def compared(comparison: Mapping[str, Any]) -> list[str]:
+    """A comparison of results.json as the cells of a table: difference, interval, both p, seeds needed, verdict."""
+    seeds = comparison["seeds_needed"]
+    return [
+        points(comparison["mean"]),
+        interval(comparison, points),
+        p_value(comparison["p_t_holm"]),
+        p_value(comparison["p_flip_holm"]),
+        "-" if seeds is None else f"{seeds:,}",
+        comparison["verdict"],
+    ]
+
+
 def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
