@@ -52,8 +52,7 @@ def uncertainty_summary(passes: Sequence[Pass]) -> tuple[tuple[float, float], ..
     """(mean, max) of each rollout's token uncertainty, in the order of the batch."""
     found = {}
     for record in passes:
-        lengths = (record.micro.cu_seqlens[1:] - record.micro.cu_seqlens[:-1]).tolist()
-        for member, values in zip(record.micro.members, record.uncertainty_N.cpu().split(lengths), strict=True):
+        for member, values in record.micro.by_member(record.uncertainty_N.cpu()):
             found[member] = (values.mean().item(), values.max().item())
     return tuple(found[member] for member in sorted(found))
 

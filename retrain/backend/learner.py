@@ -221,8 +221,7 @@ class Learner:
         )
         finite_N = logprob_N.isfinite() & entropy_N.isfinite()
         if not finite_N.all():
-            parts = finite_N.split((micro.cu_seqlens[1:] - micro.cu_seqlens[:-1]).tolist())
-            bad = [i for i, part in zip(micro.members, parts, strict=True) if not part.all()]
+            bad = [member for member, finite_T in micro.by_member(finite_N) if not finite_T.all()]
             raise NotFinite("log-probabilities", bad)
         return logprob_N, entropy_N
 
@@ -239,9 +238,8 @@ class Learner:
             return None
         old = {}
         for micro in self._pack(batch, range(len(batch.rollouts))):
-            lengths = (micro.cu_seqlens[1:] - micro.cu_seqlens[:-1]).tolist()
             with fitting(tokens=micro.tokens_RS.numel(), sequences=len(micro.members)):
-                old |= zip(micro.members, self._logprob(micro)[0].split(lengths), strict=True)
+                old |= micro.by_member(self._logprob(micro)[0])
         return old
 
     def _pack(self, batch: Batch, members: Sequence[int]) -> list[MicroBatch]:

@@ -8,7 +8,7 @@ into micro-batches of at most `budget` tokens, padding included. Neither choice 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +47,11 @@ class MicroBatch:
     advantages_B: Tensor
     cu_seqlens: Tensor
     members: tuple[int, ...]
+
+    def by_member(self, values_N: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(member, its values [T]) of each completion."""
+        lengths = (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).tolist()
+        return zip(self.members, values_N.split(lengths), strict=True)
 
 
 @dataclass(frozen=True)
