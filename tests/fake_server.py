@@ -7,6 +7,7 @@ transformers, torch and PEFT: nothing of the project.
 
 from __future__ import annotations
 
+import inspect
 import json
 import socket
 import threading
@@ -20,12 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 import tiny_models as models
 
 # Loading a model patches transformers for a moment, which two threads must not do at once.
 _LOADING = threading.Lock()
+
+# Renamed in transformers 5.24.
+CACHE = "cache" if "cache" in inspect.signature(Qwen3ForCausalLM.forward).parameters else "past_key_values"
 
 COMPLETIONS = ("/v1/completions", "/generate")
 
@@ -291,8 +295,8 @@ class FakeServer:
         logprobs: list[float | None] = []
         cache, ids = None, prompt
         while len(tokens) < max_tokens:
-            outputs = model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True)
-            raw, cache = outputs.logits[0, -1].float(), outputs.past_key_values
+            outputs = model(input_ids=torch.tensor([ids]), use_cache=True, **{CACHE: cache})
+            raw, cache = outputs.logits[0, -1].float(), outputs[CACHE]
             logits = raw / (temperature or 1.0)
             p = torch.softmax(logits, -1)
             token = int(torch.multinomial(p, 1, generator=generator)) if temperature else int(logits.argmax())

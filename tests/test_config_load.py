@@ -183,6 +183,7 @@ JSON_VALUE = st.recursive(
 )
 NAME = st.from_regex(r"[a-z]{1,8}", fullmatch=True)
 SPECIAL = {
+    "training.max_staleness": st.integers(0, 2),
     "backend.devices": st.sampled_from(["cpu", "mps", "gpu", "gpu:1", "cuda:0,cpu"]),
     "data.source": st.sampled_from(["arithmetic", 'a\\b "c".jsonl', "org/name", "pkg.mod.fn", "reasoning_gym:x"]),
     "lora.target_modules": st.just("all-linear") | st.lists(NAME, min_size=1, max_size=3),

@@ -38,6 +38,26 @@ AVAILABLE = {"data__source": "arithmetic"}
             {"training__lr_schedule": "cosine", "training__warmup_steps": 10, "training__max_steps": 10},
             "training.warmup_steps = 10: must be less than training.max_steps (10)",
         ),
+        (
+            {"backend__devices": "gpu:0,gpu:1,gpu:2"},
+            'backend.devices = "gpu:0,gpu:1,gpu:2": the first samples and the last trains',
+        ),
+        (
+            {"backend__devices": "gpu:0,gpu:1", "inference__engine": "vllm", "inference__url": "http://localhost:1"},
+            'backend.devices = "gpu:0,gpu:1": with inference.engine = "vllm" its servers sample',
+        ),
+        (
+            {"backend__devices": "gpu:0,gpu:1", "backend__sharding": "fsdp"},
+            'backend.sharding = "fsdp": the process that samples would hold the whole base',
+        ),
+        (
+            {"training__max_staleness": 1, "backpressure__enabled": True},
+            "training.max_staleness = 1: backpressure would measure steps",
+        ),
+        (
+            {"training__max_staleness": 2, "loss__old_logprobs": "recompute"},
+            'training.max_staleness = 2: with loss.old_logprobs = "recompute" nothing corrects',
+        ),
         ({"eval__samples": 4}, "eval.samples = 4: greedy completions are all the same"),
         ({"model__base_url": "https://x"}, "model.base_url: only the tinker backend"),
         ({"environment__provider": "verifiers"}, 'environment.provider = "verifiers": needs environment.id'),
@@ -107,6 +127,8 @@ def test_refused_combination(values: dict[str, Any], expected: str) -> None:
         {"loss__dual_clip": 1.01},
         {"loss__mismatch_correction": "token", "loss__old_logprobs": "recompute"},
         {"loss__minibatches": 128},
+        {"backend__devices": "cpu,cpu", "training__max_staleness": 2},
+        {"training__max_staleness": 1, "loss__old_logprobs": "recompute", "loss__mismatch_correction": "token"},
         {"training__warmup_steps": 900},
         {"eval__samples": 4, "eval__temperature": 0.7},
         {"model__base_url": "https://x", "backend__backend": "tinker", "training__temperature": 1.0},

@@ -80,6 +80,7 @@ def _table(config: Config) -> Iterator[tuple[bool, str]]:
         f"loss.minibatches = {loss.minibatches}: must not be more than the completions of a step "
         f"(training.batch_size * group_size = {completions})",
     )
+    yield from _placement_table(config)
     yield (
         training.lr_schedule != "constant" and training.warmup_steps >= training.max_steps,
         f"training.warmup_steps = {training.warmup_steps}: must be less than training.max_steps ({training.max_steps}) "
@@ -128,6 +129,40 @@ def _table(config: Config) -> Iterator[tuple[bool, str]]:
         bp.enabled and not bp.min_batch_size <= training.batch_size <= bp.max_batch_size,
         f"training.batch_size = {training.batch_size}: must lie within backpressure.min_batch_size and max_batch_size "
         f"({bp.min_batch_size} to {bp.max_batch_size})",
+    )
+
+
+def _placement_table(config: Config) -> Iterator[tuple[bool, str]]:
+    """Rules about what runs where, and when."""
+    training, devices = config.training, config.backend.devices
+    # A campaign shares its devices out: each run has one.
+    several = "," in devices and config.campaign is None and config.backend.backend == "local"
+    yield (
+        several and devices.count(",") > 1,
+        f'backend.devices = "{devices}": the first samples and the last trains, nothing would run on the others; name '
+        "two, or start a process for each (retrain --nproc N) with one",
+    )
+    yield (
+        several and config.inference.engine != "pytorch",
+        f'backend.devices = "{devices}": with inference.engine = "{config.inference.engine}" its servers sample, and '
+        "nothing would run on the first; name one",
+    )
+    yield (
+        several and config.backend.sharding != "none",
+        f'backend.sharding = "{config.backend.sharding}": the process that samples would hold the whole base; name '
+        f'one device (now backend.devices = "{devices}")',
+    )
+    yield (
+        training.max_staleness > 0 and config.backpressure.enabled,
+        f"training.max_staleness = {training.max_staleness}: backpressure would measure steps in which batches of "
+        "different sizes are sampled and trained on; set it to 0 or backpressure.enabled = false",
+    )
+    yield (
+        training.max_staleness > 0
+        and config.loss.old_logprobs == "recompute"
+        and config.loss.mismatch_correction == "none",
+        f'training.max_staleness = {training.max_staleness}: with loss.old_logprobs = "recompute" nothing corrects '
+        'for the older policy that sampled; set loss.mismatch_correction, or old_logprobs = "sampler"',
     )
 
 

@@ -82,8 +82,6 @@ def _check_devices(value: str) -> str:
         if not DEVICE.fullmatch(name):
             known = ("cpu", "mps", "gpu:0", "cuda:0")
             raise ValueError(f"{json.dumps(name)} is no device; write {', '.join(known)}{did_you_mean(name, known)}")
-    if len(set(names)) < len(names):
-        raise ValueError("names a device twice")
     return ",".join(names)
 
 

@@ -45,8 +45,13 @@ class BackendConfig(Section):
     )
     devices: Devices = Field(
         default="gpu:0",
-        description="Comma-separated devices: `cpu`, `mps`, `gpu:N`. With several, inference runs on the first and "
-        "training on the last. Without a GPU, `gpu:0` runs on the CPU and says so.",
+        description="A device, `cpu`, `mps` or `gpu:N`, or two with a comma: inference then runs on the first, in a "
+        "process of its own, and training on the last. Without a GPU, `gpu:0` runs on the CPU and says so.",
+    )
+    sharding: Literal["none", "fsdp"] = Field(
+        default="none",
+        description="Where several processes train: each holds the whole base model (`none`), or its layers are "
+        "sharded over them (`fsdp`), for a base that does not fit on one device.",
     )
     adapter_path: str = Field(
         default="/tmp/retrain_adapter",
@@ -181,6 +186,13 @@ class TrainingConfig(Section):
     weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of AdamW.")
     max_examples: int = Field(default=0, ge=0, description="Limit of the dataset. 0 = use all.")
     save_every: int = Field(default=20, ge=1, description="Steps between checkpoints.")
+    max_staleness: int = Field(
+        default=0,
+        ge=0,
+        le=2,
+        description="Updates that the policy is ahead of the one that sampled a batch, exactly. From 1 on, the next "
+        "batches are sampled while this one trains, where sampling has a device or server of its own.",
+    )
     micro_batch_tokens: int = Field(default=16384, ge=1, description="Most tokens of one forward and backward pass.")
     gradient_checkpointing: bool = Field(default=True, description="Recompute activations instead of storing them.")
     max_grad_norm: float = Field(default=1.0, ge=0, description="Gradients are cut to this norm. 0 = no clipping.")

@@ -20,9 +20,14 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """Samples from the policy version that was last published to it."""
+    """Samples from the policy version that it was last told to use.
+
+    policy_version: that one. overlaps: whether `generate` may run in another thread while the policy trains and further
+    versions are staged; without it, nothing may change between `stage` and the end of the sampling.
+    """
 
     policy_version: int
+    overlaps: bool
 
     def generate(
         self, prompts: Sequence[np.ndarray], streams_PG: np.ndarray, *, max_tokens: int, temperature: float
@@ -34,12 +39,21 @@ class Engine(Protocol):
         """
         ...
 
-    def publish(self, version: int) -> None:
-        """From here on sample from the adapter as it is now, and call it `version`.
+    def stage(self, version: int) -> None:
+        """Keep the adapter as it is now under the name `version`; sampling goes on with the one that is in use.
 
-        Versions name adapters: publishing the version that is served already changes nothing.
+        Versions name adapters: staging one that is staged or in use already changes nothing.
         """
         ...
+
+    def use(self, version: int) -> None:
+        """From here on sample from `version`, which was staged, and forget the ones before it."""
+        ...
+
+    def publish(self, version: int) -> None:
+        """From here on sample from the adapter as it is now, and call it `version`."""
+        self.stage(version)
+        self.use(version)
 
     def close(self) -> None: ...
 

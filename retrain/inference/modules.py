@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,11 @@ from torch import Tensor
 from retrain.backend.model import Policy
 from retrain.inference.decode import padded
 from retrain.inference.merge import MergedModules
+
+
+def cache_word(lm: Any) -> str:
+    """What the model's forward pass calls its cache of keys and values: renamed in transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(lm.forward).parameters else "past_key_values"
 
 
 class ModuleDecoder:
@@ -42,18 +48,21 @@ class ModuleDecoder:
             use_cache=True,
             logits_to_keep=1,
         )
-        cache = outputs.past_key_values
+        word = cache_word(self.lm)
+        cache = outputs[word]
         if size > 1:
             cache.batch_repeat_interleave(size)
-        rows = ModuleRows(self.lm, cache, mask_PS.repeat_interleave(size, dim=0), lengths_P.repeat_interleave(size))
+        rows = ModuleRows(self.lm, word, cache, mask_PS.repeat_interleave(size, dim=0), lengths_P.repeat_interleave(size))
         return outputs.logits[:, -1].repeat_interleave(size, dim=0), rows
 
 
 @dataclass
 class ModuleRows:
-    """See `retrain.inference.decode.Rows`. mask_BS: 0 for padding, else 1. positions_B: of the next token."""
+    """See `retrain.inference.decode.Rows`. word: of `cache_word`. mask_BS: 0 for padding, else 1. positions_B: of the
+    next token."""
 
     lm: Any
+    word: str
     cache: Any
     mask_BS: Tensor
     positions_B: Tensor
@@ -64,8 +73,8 @@ class ModuleRows:
             input_ids=tokens_B[:, None],
             attention_mask=self.mask_BS,
             position_ids=self.positions_B[:, None],
-            past_key_values=self.cache,
             use_cache=True,
+            **{self.word: self.cache},
         )
         self.positions_B = self.positions_B + 1
         return outputs.logits[:, -1]

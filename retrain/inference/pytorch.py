@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retrain.backend.model import Policy
+from retrain.inference import Engine
 from retrain.inference.decode import Decoder, Rows
 from retrain.inference.fused import FusedDecoder, obstacle
 from retrain.inference.merge import MergedModules
@@ -30,7 +31,7 @@ COMPACT_BELOW = 0.8
 SMALL_VOCABULARY, BLOCK = 4096, 128
 
 
-class PyTorchEngine:
+class PyTorchEngine(Engine):
     """See `retrain.inference.Engine`.
 
     merged_copy: decode from a copy of the weights with the adapter merged in, which `publish` renews: faster, at the
@@ -52,14 +53,17 @@ class PyTorchEngine:
         self.policy = policy
         self.prefix_caching = prefix_caching
         self.decoder = open_decoder(policy, merged_copy=merged_copy, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
-        self.policy_version = 0
+        self.policy_version, self.overlaps = 0, False
 
     @property
     def path(self) -> str:
         return self.decoder.path
 
+    def stage(self, version: int) -> None:
+        """Nothing to keep: the adapter is in this process, and stays as it is until the sampling is over."""
+
     @torch.no_grad()
-    def publish(self, version: int) -> None:
+    def use(self, version: int) -> None:
         self.decoder.refresh()
         self.policy_version = version
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from retrain.config.engines import parse_urls
 from retrain.http import open_client, run, together
-from retrain.inference import Serving
+from retrain.inference import Engine, Serving
 from retrain.inference.adapters import AdapterStore
 from retrain.inference.dialects import DIALECTS, Adapter, Ask, Sample, prompt_text
 from retrain.inference.probe import (
@@ -47,14 +47,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class ServerEngine:
+class ServerEngine(Engine):
     """See `retrain.inference.Engine`. dropped: completions left out so far because their text was ambiguous."""
 
     def __init__(self, section: InferenceConfig, backend: Backend, serving: Serving) -> None:
         """Looks at every server. Raises ConfigError where one cannot be reached or does not fit the config."""
         self.section, self.backend, self.serving = section, backend, serving
         self.dialect = DIALECTS[section.engine]
-        self.policy_version, self.dropped = 0, 0
+        self.policy_version, self.overlaps, self.dropped = 0, True, 0
         self._terms = Terms(
             self.dialect,
             backend.tokenizer,
@@ -68,6 +68,7 @@ class ServerEngine:
         self._scores: dict[str, Scores] = {}
         self._store: AdapterStore | None = None
         self._adapter: Adapter | None = None
+        self._staged: dict[int, Adapter] = {}
         # What the servers may still hold, the adapter that is served included: a publication can end half way.
         self._held: list[Adapter] = []
         urls = parse_urls(section.url, section.engine)
@@ -142,7 +143,7 @@ class ServerEngine:
 
     # ---- publishing -------------------------------------------------------------------------------------------------
 
-    def publish(self, version: int) -> None:
+    def stage(self, version: int) -> None:
         """Raises ConfigError (the first time) or RetrainError where a server does not serve it, ServerLost where one is
         gone; the version before is then still the one that is sampled from."""
         if self.dialect.load is None and not self.dialect.in_request:
@@ -150,7 +151,7 @@ class ServerEngine:
                 f'inference.engine = "{self.section.engine}": {self.dialect.obstacle}, so every step would be sampled '
                 'from the base model. Use "vllm" or "sglang"'
             )
-        if self._adapter is not None and self._adapter.version == version:
+        if version in self._staged:
             return
         self._store = self._store or AdapterStore(self.serving.adapter_path)
         adapter = self._store.write(version, self._write)
@@ -160,8 +161,12 @@ class ServerEngine:
         for server, (scores, sample) in zip(self.servers, readings, strict=True):
             now = None if scores is None else Scores(self._continuation(scores), expected)
             self._confirm(server, version, now, sample)
-        self._adapter, self.policy_version = adapter, version
-        self._withdraw([held for held in self._held if held is not adapter])
+        self._staged[version] = adapter
+
+    def use(self, version: int) -> None:
+        self._adapter, self.policy_version = self._staged[version], version
+        self._staged = {staged: adapter for staged, adapter in self._staged.items() if staged >= version}
+        self._withdraw([held for held in self._held if held not in self._staged.values()])
 
     def _write(self, folder: Path) -> None:
         self.backend.save_adapter(folder)

@@ -10,6 +10,7 @@ import numpy as np
 
 from retrain.backend.tinker import wire
 from retrain.http import BadAnswer
+from retrain.inference import Engine
 from retrain.inference.checks import check_sample
 from retrain.inference.dialects import Ask, Sample
 from retrain.types import Completion, RetrainError
@@ -21,21 +22,25 @@ if TYPE_CHECKING:
 SEEDS = 2**30
 
 
-class TinkerEngine:
+class TinkerEngine(Engine):
     """See `retrain.inference.Engine`. A group is one request, so that its prompt is computed once; the group's first
     stream keys the noise of all of it. Until something is published, the base model answers."""
 
     def __init__(self, backend: TinkerBackend) -> None:
         self.backend = backend
-        self.policy_version = 0
+        self.policy_version, self.overlaps = 0, True
         self._sampler: Any = None
-        self._published: int | None = None
+        self._samplers: dict[int, Any] = {}
 
-    def publish(self, version: int) -> None:
+    def stage(self, version: int) -> None:
         """Raises ServerLost, RetrainError."""
-        if version != self._published:
-            self._sampler = self.backend.open_sampler()
-            self._published = self.policy_version = version
+        if version not in self._samplers:
+            self._samplers[version] = self.backend.open_sampler()
+
+    def use(self, version: int) -> None:
+        self._sampler = self._samplers[version]
+        self._samplers = {staged: sampler for staged, sampler in self._samplers.items() if staged >= version}
+        self.policy_version = version
 
     def generate(
         self, prompts: Sequence[np.ndarray], streams_PG: np.ndarray, *, max_tokens: int, temperature: float
