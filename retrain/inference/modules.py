@@ -52,7 +52,8 @@ class ModuleDecoder:
         cache = outputs[word]
         if size > 1:
             cache.batch_repeat_interleave(size)
-        rows = ModuleRows(self.lm, word, cache, mask_PS.repeat_interleave(size, dim=0), lengths_P.repeat_interleave(size))
+        mask_BS, positions_B = mask_PS.repeat_interleave(size, dim=0), lengths_P.repeat_interleave(size)
+        rows = ModuleRows(self.lm, word, cache, mask_BS, positions_B)
         return outputs.logits[:, -1].repeat_interleave(size, dim=0), rows
 
 
