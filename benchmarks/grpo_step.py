@@ -149,8 +149,8 @@ def trl_trainer(config: Config, turns: Turns, folder: Path, args: argparse.Names
         model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
     count = (args.steps + 1) * args.batch
     examples = data.load(config.data, max_examples=count).train
-    prompts = [tokenizer.decode(ids) for ids in run.collector.rollouts.prompt_tokens[:count]]
-    for text, ids in zip(prompts, run.collector.rollouts.prompt_tokens, strict=False):
+    prompts = [tokenizer.decode(ids) for ids in run.pipeline.collector.rollouts.prompt_tokens[:count]]
+    for text, ids in zip(prompts, run.pipeline.collector.rollouts.prompt_tokens, strict=False):
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids.tolist()
     rows = [{"prompt": text, "reference": e.reference} for text, e in zip(prompts, examples, strict=True)]
 

@@ -122,8 +122,11 @@ def assert_same_run(a: Path, b: Path) -> None:
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
     last = json.loads((a / "trainer_state.json").read_text())["checkpoint"]
     assert json.loads((b / "trainer_state.json").read_text())["checkpoint"] == last
+    policies = [sorted(path.name for path in (run / last).glob("policy_*")) for run in (a, b)]
+    assert policies[0] == policies[1]
     for name in (
         "final/adapter_model.safetensors",
+        *(f"{last}/{policy}" for policy in policies[0]),
         f"{last}/adapter_model.safetensors",
         f"{last}/loop.json",
         f"{last}/trainer.safetensors",

@@ -29,9 +29,8 @@ def policies(model_folder):
     opened = {}
     for kind in KINDS:
         config = models.config_for(model_folder(kind))
-        policy = load_policy(
-            config.model, config.lora, config.backend, config.training, lora_seed=0, say=lambda line: None
-        )
+        device = torch.device("cpu")
+        policy = load_policy(config.model, config.lora, config.training, device, lora_seed=0, say=lambda line: None)
         models.stir(policy.peft)
         models.in_float64(policy.peft)
         opened[kind] = policy

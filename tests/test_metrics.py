@@ -122,8 +122,13 @@ class FakeBackend:
 
 
 class FakeEngine:
-    def publish(self, version):
+    overlaps = False
+
+    def stage(self, version):
         self.version = version
+
+    def use(self, version):
+        assert version == self.version
 
 
 class FakeCollector:
@@ -154,13 +159,15 @@ def recorded(tmp_path):
     from retrain.algorithm.sepa import SepaController
     from retrain.training.interrupt import Interrupts
     from retrain.training.loop import Run, run_steps
+    from retrain.training.pipeline import Pipeline
 
     config = build({"training": {"max_steps": 2, "batch_size": 1, "group_size": 2, "save_every": 5}})
     sepa = SepaController(**{key: getattr(config.sepa, key) for key in type(config.sepa).model_fields})
     observer = Silent()
+    backend = FakeBackend()
     run = Run(
-        config=config, state=TrainerState(seed=1), folder=RunFolder(tmp_path), backend=FakeBackend(),
-        engine=FakeEngine(), collector=FakeCollector(),
+        config=config, state=TrainerState(seed=1), folder=RunFolder(tmp_path), backend=backend,
+        pipeline=Pipeline(FakeEngine(), FakeCollector(), backend, staleness=0, max_steps=2, prompts_used=0),
         detect=lambda completions: [np.zeros(len(tokens), dtype=bool) for tokens in completions],
         sepa=sepa, interrupts=Interrupts(), observer=observer, evaluate=lambda: None,
     )  # fmt: skip

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from retrain.estimate import SMALL_MODEL
 from retrain.types import ConfigError
 from retrain_kernels import dispatch
+
+if TYPE_CHECKING:
+    from retrain.config import BackendConfig
 
 _NAME = re.compile(r"(cpu|mps|(?:gpu|cuda)(?::(\d+))?)")
 # A GPU's allocator raises a type of its own; these come as plain RuntimeError.
@@ -49,19 +53,31 @@ def resolve_device(name: str, say: Callable[[str], None]) -> torch.device:
     return fallback
 
 
+def resolve_devices(section: BackendConfig, say: Callable[[str], None]) -> tuple[torch.device, torch.device, int]:
+    """Where to sample and where to train, and how many processes compute on each: two where they share it."""
+    samples = resolve_device(section.samples_on, say)
+    trains = resolve_device(section.trains_on, say) if section.is_split else samples
+    return samples, trains, 2 if section.is_split and samples == trains else 1
+
+
 def kernels_on(device: torch.device) -> tuple[str, str]:
     """The implementation of the numeric operations on `device`, "triton" or "reference", and why not the other."""
     return dispatch.resolve("auto", device), dispatch.obstacle(device) or ""
 
 
-def settle_threads(device: torch.device, parameters: int) -> None:
-    """One CPU thread for a small model, unless OMP_NUM_THREADS says otherwise.
+def settle_threads(device: torch.device, parameters: int, processes: int = 1) -> None:
+    """One CPU thread for a small model, a share of the cores for each of several processes, unless OMP_NUM_THREADS says
+    otherwise.
 
-    Its operations are too short to share: two threads save a tenth to a third on an idle machine and, spinning, take
-    three times as long as soon as anything else runs (docs/experiments.md).
+    A small model's operations are too short to share: two threads save a tenth to a third on an idle machine and,
+    spinning, take three times as long as soon as anything else runs (docs/experiments.md).
     """
-    if device.type == "cpu" and parameters < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ:
+    if device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
+        return
+    if parameters < SMALL_MODEL:
         torch.set_num_threads(1)
+    elif processes > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from safetensors.torch import save as safetensors_bytes
-from torch import Tensor
 
-from retrain.backend import ranks, rng, trainer_state
-from retrain.backend.devices import kernels_on, peak_memory_bytes
+from retrain.backend import ranks, rng, snapshot, trainer_state
+from retrain.backend.devices import kernels_on, peak_memory_bytes, resolve_devices
 from retrain.backend.learner import Learner
 from retrain.backend.model import base_digest, load_policy
 from retrain.streams import stream_key
@@ -34,13 +32,16 @@ class LocalBackend:
     """See `retrain.backend.Backend`. The in-process engine samples from `policy` itself: nothing is copied."""
 
     def __init__(self, config: Config, *, seed: int, say: Callable[[str], None]) -> None:
+        self.config = config
+        _, device, processes = resolve_devices(config.backend, say)
         self.policy = load_policy(
             config.model,
             config.lora,
-            config.backend,
             config.training,
+            device,
             lora_seed=stream_key(seed, "lora"),
             say=say,
+            processes=processes,
         )
         self.tokenizer, self.context = self.policy.tokenizer, self.policy.context
         self.eos_ids, self.vocab_size = self.policy.eos_ids, self.policy.head.weight.shape[0]
@@ -77,8 +78,7 @@ class LocalBackend:
         return ranks.squeeze(self.policy, self.learner.optimizer, rank)
 
     def save_adapter(self, folder: Path) -> None:
-        state = {key: value.detach().cpu().contiguous() for key, value in self._adapter_state().items()}
-        (folder / ADAPTER_WEIGHTS).write_bytes(safetensors_bytes(state, metadata={"format": "pt"}))
+        (folder / ADAPTER_WEIGHTS).write_bytes(snapshot.adapter_bytes(self.policy, {"format": "pt"}))
         config: Any = copy.copy(self.policy.peft.peft_config["default"])
         config.inference_mode = True
         # A set has another order in every process, and a run's files are to be the same bit for bit.
@@ -95,24 +95,29 @@ class LocalBackend:
         except SafetensorError as error:
             raise RetrainError(f"{path} is damaged: {error}") from error
         if ranks.has_patterns(folder):
-            ranks.take_up(self.policy, folder)
-        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in self._adapter_state().items()}:
+            ranks.take_up(self.policy, ranks.read_config(folder))
+        own = snapshot.adapter_state(self.policy)
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
             raise RetrainError(
                 f"the adapter in {folder} does not fit this config: its layers or ranks differ. "
                 "model.model, model.lora_rank and lora.target_modules must be those it was trained with"
             )
         set_peft_model_state_dict(self.policy.peft, state)
 
-    def _adapter_state(self) -> dict[str, Tensor]:
-        # "auto" would look the base's vocabulary up on the hub, to save embeddings that never change.
-        return get_peft_model_state_dict(self.policy.peft, save_embedding_layers=False)
+    def snapshot(self) -> bytes:
+        """The adapter as it is now; see `retrain.backend.snapshot`."""
+        return snapshot.take(self.policy)
+
+    def put(self, taken: bytes) -> None:
+        """Take up the adapter of a snapshot. Optimizer and random streams stay as they are."""
+        snapshot.put(self.policy, taken)
 
     def save(self, folder: Path) -> None:
         self.save_adapter(folder)
         trainer_state.write(folder / trainer_state.TRAINER_STATE, self.learner.optimizer)
 
     def load(self, folder: Path) -> None:
-        ranks.take_up(self.policy, folder)  # it may have been squeezed before the checkpoint
+        ranks.take_up(self.policy, ranks.read_config(folder))  # it may have been squeezed before the checkpoint
         self.load_adapter(folder)
         trainer_state.read(folder / trainer_state.TRAINER_STATE, self.learner.optimizer)
 

@@ -20,12 +20,12 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from retrain.assets import resolve_model
-from retrain.backend.devices import resolve_device, resolve_dtype, settle_threads
+from retrain.backend.devices import resolve_dtype, settle_threads
 from retrain.config.suggest import nearest
 from retrain.types import ConfigError
 
 if TYPE_CHECKING:
-    from retrain.config import BackendConfig, LoraConfig, ModelConfig, TrainingConfig
+    from retrain.config import LoraConfig, ModelConfig, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -73,23 +73,24 @@ def base_digest(policy: Policy) -> str:
 def load_policy(
     model: ModelConfig,
     lora: LoraConfig,
-    backend: BackendConfig,
     training: TrainingConfig,
+    device: torch.device,
     *,
     lora_seed: int,
     say: Callable[[str], None],
+    processes: int = 1,
 ) -> Policy:
     """Load the base, freeze it and attach a fresh adapter drawn from `lora_seed` (on the CPU: same on every device).
 
-    Raises ConfigError for a model, tokenizer or LoRA target that cannot be used.
+    processes: how many of this run compute on the device at a time. Raises ConfigError for a model, tokenizer or LoRA
+    target that cannot be used.
     """
-    device = resolve_device(backend.devices, say)
     dtype = resolve_dtype(training.dtype, device)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     say(f"loading {model.model} as {str(dtype).removeprefix('torch.')} on {device}")
     base, tokenizer = _load_base(model, dtype)
-    settle_threads(device, base.num_parameters())
+    settle_threads(device, base.num_parameters(), processes)
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     eos_ids = eos_ids_of(base.config, base.generation_config, tokenizer, model.model)

@@ -65,12 +65,9 @@ def _project(optimizer: torch.optim.Optimizer, a: nn.Parameter, b: nn.Parameter,
 
 
 @torch.no_grad()
-def take_up(policy: Policy, folder: Path) -> None:
-    """Give every layer the rank and alpha that it has in the adapter in `folder`; its weights are still to be loaded.
-
-    Raises RetrainError where the folder holds no adapter config.
-    """
-    found = read_config(folder)
+def take_up(policy: Policy, found: dict[str, Any]) -> None:
+    """Give every layer the rank and alpha that it has in an adapter with the config `found`; its weights are still to
+    be loaded."""
     config: Any = policy.peft.peft_config[ADAPTER]
     for name, layer in _layers(policy):
         rank, alpha = rank_of(found, name), alpha_of(found, name)

@@ -12,8 +12,6 @@ from retrain.types import ConfigError
 # Keys of which some values work, the default not always among them.
 SOME_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "backend.sharding": (lambda value: value == "none", 'use "none"'),
-    "training.max_staleness": (lambda value: value == 0, "use 0"),
-    "backend.devices": (lambda value: "," not in value, "name one device"),
 }
 
 
@@ -23,8 +21,7 @@ def unavailable(config: Config) -> list[str]:
     for path, (works, hint) in SOME_VALUES.items():
         section, name = path.split(".")
         value = getattr(getattr(config, section), name)
-        shared_out = path == "backend.devices" and config.campaign is not None
-        if not works(value) and not shared_out:
+        if not works(value):
             lines.append(_line(path, value, hint))
     return lines
 

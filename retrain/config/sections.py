@@ -80,6 +80,20 @@ class BackendConfig(Section):
         "on from its last step. 0 = only the checkpoints of `training.save_every` are kept there.",
     )
 
+    @property
+    def samples_on(self) -> str:
+        """The device of the in-process engine."""
+        return self.devices.split(",")[0]
+
+    @property
+    def trains_on(self) -> str:
+        return self.devices.split(",")[-1]
+
+    @property
+    def is_split(self) -> bool:
+        """Whether sampling has a device, and a process, of its own."""
+        return "," in self.devices
+
 
 class ModelConfig(Section):
     """The model that is trained, and the size of its adapter."""

@@ -96,13 +96,12 @@ def open_engine(section: InferenceConfig, backend: Backend, serving: Serving | N
 
         if not isinstance(backend, LocalBackend):
             raise ConfigError('inference.engine = "pytorch": samples from a policy in this process, and there is none')
-        engine = PyTorchEngine(
-            backend.policy,
-            prefix_caching=section.prefix_caching,
-            merged_copy=section.merged_copy,
-            dtype=section.dtype,
-            kv_cache_dtype=section.kv_cache_dtype,
-        )
+        if backend.config.backend.is_split:
+            from retrain.inference.split import SplitEngine
+
+            engine = SplitEngine(backend, serving.say if serving else lambda line: None)
+        else:
+            engine = PyTorchEngine.of(backend.policy, section)
         if serving is not None:
             serving.say(f"sampling: {engine.path}")
         return engine

@@ -7,6 +7,7 @@ come from its own stream, so they do not depend on what else is in the batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from retrain.inference.merge import MergedModules
 from retrain.inference.modules import ModuleDecoder
 from retrain.streams import uniforms
 from retrain.types import Completion, ConfigError, RetrainError
+
+if TYPE_CHECKING:
+    from retrain.config import InferenceConfig
 
 # `[inference] dtype` and `kv_cache_dtype`; "auto" is the format of the model, or of the sampling copy.
 WEIGHTS = {"bf16": torch.bfloat16}
@@ -54,6 +58,16 @@ class PyTorchEngine(Engine):
         self.prefix_caching = prefix_caching
         self.decoder = open_decoder(policy, merged_copy=merged_copy, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
         self.policy_version, self.overlaps = 0, False
+
+    @classmethod
+    def of(cls, policy: Policy, section: InferenceConfig) -> PyTorchEngine:
+        return cls(
+            policy,
+            prefix_caching=section.prefix_caching,
+            merged_copy=section.merged_copy,
+            dtype=section.dtype,
+            kv_cache_dtype=section.kv_cache_dtype,
+        )
 
     @property
     def path(self) -> str:

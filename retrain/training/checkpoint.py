@@ -30,8 +30,8 @@ class TrainerState:
     step: finished steps. prompts_used: ordinal of the next prompt (the data position). policy_version: optimizer
     steps published. sepa: the SEPA controller's state. recent_correct: correct rates of the last steps, newest last.
     skipped_steps: those taken back because something was not finite. fitting: {"configured", "fits"}, values of
-    micro_batch_tokens, where memory did not suffice for the one configured. health: what `retrain.training.health`
-    remembers.
+    micro_batch_tokens, where memory did not suffice for the one configured. ahead: [step, policy version] of each batch
+    that is sampled already (`retrain.training.pipeline`). health: what `retrain.training.health` remembers.
     """
 
     seed: int
@@ -43,6 +43,7 @@ class TrainerState:
     recent_correct: list[float] = field(default_factory=list)
     skipped_steps: int = 0
     fitting: dict[str, int] | None = None
+    ahead: list[list[int]] = field(default_factory=list)
     health: dict[str, Any] = field(default_factory=dict)
     backpressure: dict[str, Any] | None = None
     wandb_run_id: str | None = None

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from retrain.algorithm.sepa import SepaController
 from retrain.backend import Backend
 from retrain.backpressure import Controller
-from retrain.inference import Engine
 from retrain.training import checkpoint, health
 from retrain.training.batching import Credited, Detector, credit
 from retrain.training.checkpoint import TrainerState
-from retrain.training.collect import Collected, Collector
+from retrain.training.collect import Collected
 from retrain.training.credit_samples import CreditRows, no_credit_rows
 from retrain.training.evaluate import Evaluation
 from retrain.training.folder import CREDIT, GENERATIONS, METRICS, NONFINITE, RunFolder
@@ -27,6 +27,7 @@ from retrain.training.metrics import (
     step_metrics,
     summarize,
 )
+from retrain.training.pipeline import Pipeline
 from retrain.training.squeezing import squeeze_if_due
 from retrain.training.start import beside, resume_hint
 from retrain.training.stopwatch import Stopwatch
@@ -78,8 +79,7 @@ class Run:
     state: TrainerState
     folder: RunFolder
     backend: Backend
-    engine: Engine
-    collector: Collector
+    pipeline: Pipeline
     detect: Detector
     sepa: SepaController
     interrupts: Interrupts
@@ -103,9 +103,9 @@ def run_steps(run: Run) -> None:
         state, watch = run.state, Stopwatch()
         batch_size = run.backpressure.batch_size if run.backpressure else run.config.training.batch_size
         with run.interrupts.anywhere():
-            with watch("sync"):
-                run.engine.publish(state.policy_version)
-            got = run.collector.collect(state.step, state.prompts_used, state.policy_version, watch, batch_size)
+            sampled = run.pipeline.take(state.step, state.policy_version, batch_size, watch)
+        got = sampled.batch
+        others = {"sampler_version": sampled.version, "staleness": state.policy_version - sampled.version}
         summary = summarize(got.sampled)
         sepa_lambda = run.sepa.value(state.step, summary.correct_rate)
         credited = credit(
@@ -118,7 +118,7 @@ def run_steps(run: Run) -> None:
         with watch("train"):
             learned = _learn(run, credited)
         _advance(run, got, summary)
-        others = _balance(run, summary, credited, learned, watch)
+        others |= _balance(run, summary, credited, learned, watch)
         others |= squeeze_if_due(run.config, state, run.backend, run.observer.say)
         _record(run, got, summary, credited, learned, watch, others)
         if state.step % run.config.training.save_every == 0:
@@ -252,9 +252,15 @@ def save(run: Run, *, prune: bool = True) -> None:
         return
     run.folder.sync()
     keep = run.config.training.keep_checkpoints if prune else 0
+    run.state.ahead = run.pipeline.ahead(run.state.step)
+
+    def save_policies(folder: Path) -> None:
+        run.backend.save(folder)
+        run.pipeline.save(folder, run.state.step)
+
     try:
         extra = beside(run.config, run.folder)
-        checkpoint.write(run.folder.path, run.state, run.backend.save, keep=keep, beside=extra)
+        checkpoint.write(run.folder.path, run.state, save_policies, keep=keep, beside=extra)
     except OSError as error:
         raise NotSaved(
             f"the checkpoint of step {run.state.step} could not be written: {error.strerror} ({run.folder.path}). "

@@ -39,7 +39,7 @@ JUDGE = tuple(f"judge_{figure}" for figure in ("requests", "cached", "prompt_tok
 # Of what a service was asked; null where there is none.
 SERVICE = ("service_requests", "service_retries", "service_rate_limits")
 # Of a step, timed: `<stage>_time_s`.
-STAGES = ("sample", "reward", "train", "sync")
+STAGES = ("sample", "reward", "wait", "train", "sync")
 # What may differ between two runs that are otherwise equal bit for bit.
 MEASURED = (
     *(f"{stage}_time_s" for stage in STAGES),

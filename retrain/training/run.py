@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrain import planning
 from retrain.algorithm.sepa import SepaController
-from retrain.backend import open_backend
+from retrain.backend import Backend, open_backend
 from retrain.backend.devices import is_out_of_memory
 from retrain.backpressure import open_controller
 from retrain.config import check_available, run_kind
@@ -28,8 +28,9 @@ from retrain.training.heldout import evaluate_held_out
 from retrain.training.interrupt import Interrupted, Interrupts
 from retrain.training.loop import NotSaved, Observer, Run, Tracker, run_steps, save
 from retrain.training.metadata import Metadata
+from retrain.training.pipeline import Pipeline
 from retrain.training.records import last_row
-from retrain.training.source import load_dataset, open_source
+from retrain.training.source import Source, load_dataset, open_source
 from retrain.training.start import (
     Start,
     describe,
@@ -119,15 +120,19 @@ def open_run(config: Config, start: Start | None, interrupts: Interrupts, observ
     dataset = load_dataset(config, evaluates=evaluates, say=observer.say)
     backend = open_backend(_fitting(config, state, observer.say), seed=state.seed, say=observer.say)
     source = open_source(config, dataset, backend, evaluates=evaluates, say=observer.say, opened=opened)
+    pipeline = _open_pipeline(config, state, backend, source)
+    opened.callback(pipeline.close)
 
     def evaluate_now() -> Evaluation:
-        source.engine.publish(state.policy_version)
-        return evaluate_held_out(config, source.held_out, seed=state.seed)
+        return pipeline.evaluate(
+            state.policy_version, lambda: evaluate_held_out(config, source.held_out, seed=state.seed)
+        )
 
     if start:
+        pipeline.restore(start.folder, state.ahead, config.training.batch_size)
         backend.load(start.folder)
     # A server shows here whether it takes the adapter.
-    source.engine.publish(state.policy_version)
+    source.engine.stage(state.policy_version)
     detect = planning.open_detector(
         config.planning.detector,
         backend.tokenizer,
@@ -142,15 +147,7 @@ def open_run(config: Config, start: Start | None, interrupts: Interrupts, observ
         state=state,
         folder=folder or _take_folder(config, start, opened),
         backend=backend,
-        engine=source.engine,
-        collector=Collector(
-            source.train,
-            state.seed,
-            config.training,
-            config.algorithm,
-            config.data,
-            config.reward.max_error_rate,
-        ),
+        pipeline=pipeline,
         detect=detect,
         sepa=SepaController.from_state(state.sepa, **section) if state.sepa else SepaController(**section),
         interrupts=interrupts,
@@ -159,6 +156,20 @@ def open_run(config: Config, start: Start | None, interrupts: Interrupts, observ
         credit_rows=open_credit_rows(backend.tokenizer, config.logging.credit_samples),
         backpressure=open_controller(config, state.backpressure),
         recorded_step=state.step,
+    )
+
+
+def _open_pipeline(config: Config, state: TrainerState, backend: Backend, source: Source) -> Pipeline:
+    collector = Collector(
+        source.train, state.seed, config.training, config.algorithm, config.data, config.reward.max_error_rate
+    )
+    return Pipeline(
+        source.engine,
+        collector,
+        backend,
+        staleness=config.training.max_staleness,
+        max_steps=config.training.max_steps,
+        prompts_used=state.prompts_used,
     )
 
 
@@ -226,7 +237,7 @@ def _describe(run: Run, resumed: dict[str, Any] | None) -> Metadata:
         **run.backend.describe(),
         "base_sha256": run.backend.base_digest(),
         "uncertainty": run.backend.uncertainty,
-        "examples": len(run.collector.rollouts.examples),
+        "examples": len(run.pipeline.collector.rollouts.examples),
     }
     return Metadata(log_dir, facts, from_step=run.state.step, resumed=resumed)
 

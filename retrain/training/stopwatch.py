@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -20,7 +20,12 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.stages[stage] = self.stages.get(stage, 0.0) + time.perf_counter() - began
+            self.add({stage: time.perf_counter() - began})
+
+    def add(self, stages: Mapping[str, float]) -> None:
+        """Stages that were timed elsewhere."""
+        for stage, seconds in stages.items():
+            self.stages[stage] = self.stages.get(stage, 0.0) + seconds
 
     @property
     def total(self) -> float:
