@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -82,16 +84,21 @@ def flat(groups):
 
 def gap(groups, model, temperature=0.9):
     """Largest distance of the completions' log-probs from a plain forward of `model` over each whole sequence."""
-    worst = 0.0
+    return distances(groups, model, temperature).max()
+
+
+def distances(groups, model, temperature=0.9):
+    found = []
     for prompt, group in zip(PROMPTS, groups, strict=True):
         for completion in group:
             whole = torch.from_numpy(np.concatenate((prompt, completion.tokens_T)))[None]
             with torch.no_grad():
-                logits = model(input_ids=whole).logits[0, len(prompt) - 1 : -1].float()
+                logits = model(input_ids=whole).logits[0, len(prompt) - 1 : -1]
+                logits = logits if logits.dtype == torch.float64 else logits.float()
             logprob = torch.log_softmax(logits / temperature, dim=-1)
             want = logprob.gather(1, torch.from_numpy(completion.tokens_T)[:, None])[:, 0].numpy()
-            worst = max(worst, np.abs(want - completion.logprobs_T).max())
-    return worst
+            found.append(np.abs(want - completion.logprobs_T))
+    return np.concatenate(found)
 
 
 # ---- exact, whatever the architecture and the way -----------------------------------------------------------------
@@ -100,12 +107,15 @@ def gap(groups, model, temperature=0.9):
 @pytest.mark.parametrize("merged", [True, False], ids=["merged", "live"])
 @pytest.mark.parametrize("kind", EVERY)
 def test_what_is_sampled_is_what_peft_computes(kind, merged, opened, folders, tmp_path):
-    """Against the saved adapter on a fresh base, which nothing of this project has touched; eager attention."""
+    """Against the saved adapter on a fresh base, which nothing of this project has touched; eager attention.
+
+    In float64: in float32 the reference is itself 2e-5 off on some processors.
+    """
     backend = opened(kind)
     backend.save_adapter(tmp_path)
     reference = models.load_with_peft(folders(kind), tmp_path)
     engine = PyTorchEngine(backend.policy, merged_copy=merged)
-    assert gap(generate(engine), reference) < 1e-5
+    assert gap(generate(engine), copy.deepcopy(reference).double()) < 1e-5
     greedy = generate(engine, temperature=0.0)
     for prompt, group in zip(PROMPTS, greedy, strict=True):
         output = reference.generate(
@@ -268,7 +278,7 @@ def test_a_bf16_model_is_merged_no_worse_than_it_is_computed_beside_its_adapter(
 
     def error(**options):
         answers = generate(PyTorchEngine(narrow.policy, **options))
-        return gap(answers, exact.policy.lm)
+        return distances(answers, exact.policy.lm).mean()  # the largest of so few is chance
 
     assert error() < 2 * error(merged_copy=False)
 

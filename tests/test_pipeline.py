@@ -1,4 +1,4 @@
-"""Sampling ahead of the training and on another device: which policy samples which batch, and that nothing else moves."""
+"""Sampling ahead of the training, and on another device: which policy samples which batch; nothing else moves."""
 
 from __future__ import annotations
 
@@ -181,7 +181,9 @@ def run(folder):
     def make(staleness: int, devices: str = "cpu") -> Path:
         if (staleness, devices) not in made:
             log_dir = folder / f"{staleness}-{devices.replace(',', '-')}"
-            done = retrain(config(folder, log_dir), "--max-staleness", staleness, "--devices", devices, "--max-steps", 6)
+            done = retrain(
+                config(folder, log_dir), "--max-staleness", staleness, "--devices", devices, "--max-steps", 6
+            )
             assert done.returncode == 0, done.stderr
             made[staleness, devices] = log_dir
         return made[staleness, devices]
@@ -225,8 +227,7 @@ def test_other_runs_are_other_runs(run):
     assert len(set(texts.values())) == 3
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("staleness", [1, 2])
+@pytest.mark.parametrize(("sent", "staleness"), [(signal.SIGTERM, 1), (signal.SIGKILL, 2)])
 def test_stopped_or_killed_it_goes_on_to_the_same_bits(run, folder, sent, staleness):
     log_dir = folder / f"stopped-{staleness}-{sent.name}"
     process = start(config(folder, log_dir), "--max-staleness", staleness, "--devices", "cpu,cpu")
@@ -295,7 +296,9 @@ def test_devices_that_do_not_exist(folder, tmp_path, devices):
 def children(pid: int) -> list[int]:
     """The sampling processes of a run."""
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in found if b"retrain.inference.sampler" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [
+        int(child) for child in found if b"retrain.inference.sampler" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
 
 
 def wait_for_end(pid: int) -> None:

@@ -229,12 +229,20 @@ def _gap(past: _Past) -> Finding | None:
     now, first = _mean("logprob_gap_mean", past.trained), _mean("logprob_gap_mean", past.first)
     if now is None or first is None or not (now > GAP_LARGE or (now > GAP_FLOOR and now > GAP_RISE * first)):
         return None
-    remedy = (
-        f"lora.dropout = {past.config.lora.dropout:g} trains another policy than the one that samples; set it to 0"
-        if past.config.lora.dropout
-        else "the sampler should serve this policy, at training.temperature and in the format it trains in; "
-        'loss.old_logprobs = "recompute" corrects for the rest'
-    )
+    if past.config.lora.dropout:
+        remedy = (
+            f"lora.dropout = {past.config.lora.dropout:g} trains another policy than the one that samples; set it to 0"
+        )
+    elif past.config.training.max_staleness:
+        remedy = (
+            f"the policy moves that far in the updates that it is ahead; lower training.lr or training.max_staleness (now "
+            f"{past.config.training.max_staleness})"
+        )
+    else:
+        remedy = (
+            "the sampler should serve this policy, at training.temperature and in the format it trains in; "
+            'loss.old_logprobs = "recompute" corrects for the rest'
+        )
     return Finding(
         "logprob_gap",
         f"sampler and trainer disagree by {now:.2g} nats a token over {_last(past.trained)} ({first:.2g} in the "
