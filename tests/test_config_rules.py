@@ -142,7 +142,7 @@ def test_allowed_combination(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("values", "key"),
     [
-        ({"backend__devices": "gpu:0,gpu:1"}, "backend.devices"),
+        ({"backend__sharding": "fsdp"}, "backend.sharding"),
     ],
 )
 def test_not_available_yet(values: dict[str, Any], key: str) -> None:

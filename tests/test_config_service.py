@@ -37,6 +37,7 @@ def test_what_a_service_can_do(values: dict[str, Any]) -> None:
     ("values", "message"),
     [
         ({"training.temperature": 0.7}, r"training\.temperature = 0\.7: .*set it to 1\.0"),
+        ({"training.max_staleness": 1}, r"training\.max_staleness = 1: .*set it to 0"),
         ({"loss.kind": "gspo"}, r'loss\.kind = "gspo": .*importance_sampling, ppo and cispo'),
         ({"loss.kind": "ppo", "loss.dual_clip": 3.0}, r"loss\.dual_clip = 3\.0: .*set it to 0"),
         ({"loss.kl_coef": 0.1}, r"loss\.kl_coef = 0\.1"),

@@ -153,6 +153,7 @@ def test_the_gap_rises():
     assert "0.036 nats a token over the last 5 steps (0.015 in the first)" in line
     assert "training.temperature" in line
     assert "lora.dropout = 0.1" in said(stream, config(lora__dropout=0.1))[13]
+    assert "training.max_staleness (now 2)" in said(stream, config(training__max_staleness=2))[13]
     assert not any(holding([{"logprob_gap_mean": gap} for gap in [1e-6] * 10 + [0.01] * 10])), "small, for all its rise"
 
 
@@ -213,6 +214,9 @@ def test_a_resumed_run_says_what_an_uninterrupted_one_does(stream, data):
 
 def test_at_load():
     assert health.at_load(config(sepa__steps=5)) == []
+    (line,) = health.at_load(config(training__max_staleness=1))
+    assert line.startswith("training.max_staleness = 1: sampling has no device or server of its own")
+    assert health.at_load(config(training__max_staleness=1, backend__devices="cpu,cpu")) == []
     assert [line.partition(":")[0] for line in health.at_load(config(training__group_size=1, training__lr=0.0))] == [
         "training.group_size = 1",
         "training.lr = 0",

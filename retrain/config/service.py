@@ -41,6 +41,11 @@ def service_problems(config: Config) -> Iterator[str]:
             f"{show_key('training.temperature', training.temperature)}: a Tinker service computes log-probabilities at "
             "temperature 1, so sampling at another one would train on wrong ratios; set it to 1.0"
         )
+    if training.max_staleness > 0:
+        yield (
+            f"{show_key('training.max_staleness', training.max_staleness)}: a checkpoint would need the older policies, "
+            "which a Tinker service keeps to itself; set it to 0"
+        )
     if loss.kind == "gspo":
         yield 'loss.kind = "gspo": a Tinker service has importance_sampling, ppo and cispo; use one of them'
     for key in ("dual_clip", "kl_coef", "entropy_coef"):

@@ -28,7 +28,7 @@ class TinkerEngine(Engine):
 
     def __init__(self, backend: TinkerBackend) -> None:
         self.backend = backend
-        self.policy_version, self.overlaps = 0, True
+        self.policy_version, self.overlaps = 0, False
         self._sampler: Any = None
         self._samplers: dict[int, Any] = {}
 

@@ -89,6 +89,12 @@ def at_load(config: Config) -> list[str]:
     lines = without_effect(config)
     if config.training.group_size == 1:
         lines.append("training.group_size = 1: a group of one has nothing to compare with, every advantage is 0")
+    ahead, alone = config.training.max_staleness, config.inference.engine == "pytorch" and not config.backend.is_split
+    if ahead and alone:
+        lines.append(
+            f"training.max_staleness = {ahead}: sampling has no device or server of its own, takes turns with the "
+            'training and saves no time; name two devices (backend.devices = "gpu:0,gpu:1", or "cpu,cpu"), or use 0'
+        )
     if config.training.lr == 0:
         lines.append("training.lr = 0: no update changes anything")
     return lines
@@ -229,15 +235,11 @@ def _gap(past: _Past) -> Finding | None:
     now, first = _mean("logprob_gap_mean", past.trained), _mean("logprob_gap_mean", past.first)
     if now is None or first is None or not (now > GAP_LARGE or (now > GAP_FLOOR and now > GAP_RISE * first)):
         return None
-    if past.config.lora.dropout:
-        remedy = (
-            f"lora.dropout = {past.config.lora.dropout:g} trains another policy than the one that samples; set it to 0"
-        )
-    elif past.config.training.max_staleness:
-        remedy = (
-            f"the policy moves that far in the updates that it is ahead; lower training.lr or training.max_staleness (now "
-            f"{past.config.training.max_staleness})"
-        )
+    dropout, ahead = past.config.lora.dropout, past.config.training.max_staleness
+    if dropout:
+        remedy = f"lora.dropout = {dropout:g} trains another policy than the one that samples; set it to 0"
+    elif ahead:
+        remedy = f"so far the policy moves while it is ahead; lower training.lr or training.max_staleness (now {ahead})"
     else:
         remedy = (
             "the sampler should serve this policy, at training.temperature and in the format it trains in; "
