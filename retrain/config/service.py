@@ -43,7 +43,7 @@ def service_problems(config: Config) -> Iterator[str]:
         )
     if training.max_staleness > 0:
         yield (
-            f"{show_key('training.max_staleness', training.max_staleness)}: a checkpoint would need the older policies, "
+            f"{show_key('training.max_staleness', training.max_staleness)}: a checkpoint would need older policies, "
             "which a Tinker service keeps to itself; set it to 0"
         )
     if loss.kind == "gspo":
