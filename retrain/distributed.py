@@ -1,8 +1,8 @@
 """Several processes that train together: who I am among them, and the few things that they do in common.
 
-Started by torchrun, or by `retrain --nproc`, which sets the same variables. Every process (*rank*) runs the same code on
-the same values; work is shared out where it is worth it, and its results are gathered, so that all know the same again.
-A `World` of one process does nothing and costs nothing. Torch is imported where it is needed.
+Started by torchrun, or by `retrain --nproc`, which sets the same variables. Every process (*rank*) runs the same code
+on the same values; work is shared out where it is worth it, and its results are gathered, so that all know the same
+again. A `World` of one process does nothing and costs nothing. Torch is imported where it is needed.
 
 The ranks trust each other: torch sends Python objects pickled.
 """
@@ -195,23 +195,34 @@ def _join() -> tuple[Ranks, Lifeline]:
     except (RuntimeError, OSError, ValueError) as error:
         place = f"{host}:{os.environ['MASTER_PORT']}"
         raise RetrainError(
-            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} does not find the others at {place}: {error}. Start "
-            "them all with the same command, on machines that reach each other"
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} does not find the others at {place}: {error}. "
+            "Start them all with the same command, on machines that reach each other"
         ) from error
 
 
 def _leave(lifeline: Lifeline, error: BaseException | None) -> None:
     """Raises what another rank failed with where this one did not."""
-    text = None if error is None else _text(error)
-    goodbyes = lifeline.leave(Goodbye(dict(lifeline.begun), text, _status(error), isinstance(error, RankLost)))
+    own = Goodbye(
+        dict(lifeline.begun), None if error is None else _text(error), status_of(error), isinstance(error, RankLost)
+    )
+    goodbyes = lifeline.leave(own)
     if lifeline.rank:
         return
-    died = {rank: Goodbye({}, "its process died at the end", 1) for rank in lifeline.missing()} if error is None else {}
-    others = {rank: other for rank, other in goodbyes.items() if other.error not in (None, text) and not other.echo} | died
-    for rank, other in sorted(others.items()):
+    for rank in sorted(lifeline.missing() if error is None else ()):
+        raise RetrainError(f"the process of rank {rank} died at the end")
+    for rank, other in sorted(goodbyes.items()):
+        if other.error is None or other.echo or _same_error(own, other):
+            continue
         if error is None:
-            raise (ConfigError if other.status == ConfigError.exit_status else RetrainError)(f"rank {rank}: {other.error}")
+            kind = ConfigError if other.status == ConfigError.exit_status else RetrainError
+            raise kind(f"rank {rank}: {other.error}")
         _say(f"rank {rank}: {other.error}")
+
+
+def _same_error(own: Goodbye, other: Goodbye) -> bool:
+    """Whether both say the same, whatever they advise: that may name what only one machine has."""
+    firsts = [(goodbye.error or "").partition("\n")[0].partition(". ")[0] for goodbye in (own, other)]
+    return own.status == other.status and (firsts[0] == firsts[1] or own.status == INTERRUPTED)
 
 
 def _outcome(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -240,7 +251,8 @@ def _text(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _status(error: BaseException | None) -> int:
+def status_of(error: BaseException | None) -> int:
+    """The exit status of a process that ends with `error`."""
     match error:
         case None:
             return 0

@@ -164,7 +164,8 @@ class Lifeline:
                 self._send(connection, asdict(goodbye))
             for peer in self._peers:
                 # The first process lets go when it has heard of all.
-                self._change.wait_for(lambda peer=peer: peer in self._gone or (self.rank == 0 and peer in self._goodbyes))
+                heard = self._goodbyes if self.rank == 0 else {}
+                self._change.wait_for(lambda peer=peer, heard=heard: peer in self._gone or peer in heard)
             self._leaving = True
         for connection in self._peers.values():
             with suppress(OSError):

@@ -209,7 +209,7 @@ class Learner:
         def look() -> list[int]:
             found = []
             for i in members:
-                loss = self._gradient(batch, [i], old, denominator).sums["loss"]
+                loss = self._gradient(batch, [i], old, denominator).sums.get("loss", math.nan)
                 if not (math.isfinite(loss) and math.isfinite(self._clip(math.inf))):
                     found.append(i)
             return found

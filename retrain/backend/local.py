@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,6 +21,7 @@ from retrain.backend import ranks, rng, trainer_state
 from retrain.backend.devices import kernels_on, peak_memory_bytes
 from retrain.backend.learner import Learner
 from retrain.backend.model import base_digest, load_policy
+from retrain.distributed import ALONE, World
 from retrain.streams import stream_key
 from retrain.types import Batch, RetrainError, StepResult
 from retrain_kernels import linear_logprob
@@ -33,7 +35,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 class LocalBackend:
     """See `retrain.backend.Backend`. The in-process engine samples from `policy` itself: nothing is copied."""
 
-    def __init__(self, config: Config, *, seed: int, say: Callable[[str], None]) -> None:
+    def __init__(self, config: Config, *, seed: int, say: Callable[[str], None], world: World = ALONE) -> None:
+        self.seed, self.world = seed, world
         self.policy = load_policy(
             config.model,
             config.lora,
@@ -44,7 +47,7 @@ class LocalBackend:
         )
         self.tokenizer, self.context = self.policy.tokenizer, self.policy.context
         self.eos_ids, self.vocab_size = self.policy.eos_ids, self.policy.head.weight.shape[0]
-        self.learner = Learner(self.policy, config)
+        self.learner = Learner(self.policy, config, world)
         self.uncertainty = self.learner.uncertainty
         self.kernels, obstacle = kernels_on(self.policy.device)
         if self.policy.device.type == "cuda" and obstacle:
@@ -52,6 +55,9 @@ class LocalBackend:
         rng.seed_all(stream_key(seed, "global"))
 
     def step(self, batch: Batch, step: int) -> StepResult:
+        if self.world.size > 1:
+            # Dropout differs between ranks, and depends on nothing that came before: a checkpoint holds one state.
+            rng.seed_all(stream_key(self.seed, "rank", step, self.world.rank))
         return self.learner.step(batch, step)
 
     @torch.no_grad()
@@ -130,8 +136,18 @@ class LocalBackend:
     def base_digest(self) -> str:
         return base_digest(self.policy)
 
+    def replica_digest(self) -> str:
+        """SHA-256 over the adapter and its optimizer: the same on every rank."""
+        digest = hashlib.sha256()
+        for parameter in self.learner.parameters:
+            moments = self.learner.optimizer.state[parameter].values()
+            for tensor in (parameter, *(value for value in moments if isinstance(value, Tensor))):
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
     def figures(self) -> dict[str, float | None]:
         return {}
 
     def peak_memory_bytes(self) -> int:
-        return peak_memory_bytes(self.policy.device)
+        """On the rank that has taken most."""
+        return max(self.world.gather(peak_memory_bytes(self.policy.device)))

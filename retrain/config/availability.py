@@ -11,7 +11,6 @@ from retrain.types import ConfigError
 
 # Keys of which some values work, the default not always among them.
 SOME_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "backend.sharding": (lambda value: value == "none", 'use "none"'),
     "training.max_staleness": (lambda value: value == 0, "use 0"),
     "backend.devices": (lambda value: "," not in value, "name one device"),
 }
