@@ -63,7 +63,7 @@ class World:
         """Whether it holds on some rank."""
         return any(self.gather(flag))
 
-    def same(self, what: str, value: T) -> None:
+    def same(self, what: str, value: object) -> None:
         """Raises RetrainError, on all ranks, where `value` differs between them."""
         found = self.gather(value)
         others = [rank for rank, other in enumerate(found) if other != found[0]]
@@ -124,7 +124,9 @@ class Ranks(World):
 
         if not tensors:
             return
-        flat = torch.cat([tensor.detach().flatten().float() for tensor in tensors])
+        # In single precision at least: a sum of many loses bits.
+        wide = torch.promote_types(tensors[0].dtype, torch.float32)
+        flat = torch.cat([tensor.detach().flatten().to(wide) for tensor in tensors])
         kind = flat.device.type
         if kind not in self._tensors:
             self._tensors[kind] = self._dist.new_group(backend="nccl", timeout=PATIENCE)
@@ -176,11 +178,13 @@ def open_world() -> Iterator[World]:
 
 def _join() -> tuple[Ranks, Lifeline]:
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     host = os.environ["MASTER_ADDR"]
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=MEETING))
-        store = dist.PrefixStore(f"retrain/{next(_worlds)}", store)
+        store, rank, size = next(rendezvous("env://", timeout=MEETING))
+        store = PrefixStore(f"retrain/{next(_worlds)}", store)
         lifeline = Lifeline(rank, size, _say)
         if rank == 0:
             word = secrets.token_hex(16)

@@ -142,7 +142,7 @@ class LocalBackend:
         for parameter in self.learner.parameters:
             moments = self.learner.optimizer.state[parameter].values()
             for tensor in (parameter, *(value for value in moments if isinstance(value, Tensor))):
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def figures(self) -> dict[str, float | None]:

@@ -29,7 +29,9 @@ class Interrupts:
     signal takes effect where `anywhere` begins, on all ranks alike, and never within.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, tells: bool = True) -> None:
+        """tells: whether a signal is acknowledged on stderr."""
+        self.tells = tells
         self.pending = False
         self.agree: Callable[[bool], bool] | None = None
         self._first = -math.inf
@@ -55,8 +57,9 @@ class Interrupts:
             return
         self.pending, self._first = True, time.monotonic()
         # Straight to the descriptor: a handler may come in the middle of a print.
-        with suppress(OSError):
-            os.write(STDERR, b"\nstopping at the next safe point; a second signal stops at once\n")
+        if self.tells:
+            with suppress(OSError):
+                os.write(STDERR, b"\nstopping at the next safe point; a second signal stops at once\n")
         if self._inside:
             raise Interrupted("stopped by a signal")
 

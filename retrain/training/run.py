@@ -17,7 +17,7 @@ from retrain.backend import open_backend
 from retrain.backend.devices import is_out_of_memory
 from retrain.backpressure import open_controller
 from retrain.config import check_available, check_ranks, run_kind
-from retrain.distributed import RankLost, World, open_world
+from retrain.distributed import ALONE, RankLost, World, open_world
 from retrain.redact import redact
 from retrain.training import checkpoint, durable, health
 from retrain.training.checkpoint import TrainerState
@@ -104,7 +104,7 @@ def _run(config: Config, observer: Observer, trackers: Sequence[Tracker], world:
         if over and world.first(lambda: is_finished(log_dir, start, observer.say)):
             observer.say(f"{log_dir} is finished: it has {start.state.step} steps. Raise --max-steps to go on")
             return _result(log_dir, start.state.step, world)
-    with Interrupts() as interrupts, ExitStack() as opened:
+    with Interrupts(tells=world.rank == 0) as interrupts, ExitStack() as opened:
         with interrupts.anywhere():
             run = open_run(config, start, interrupts, observer, opened, world)
             run.trackers = trackers
@@ -149,7 +149,7 @@ def open_run(
     interrupts: Interrupts,
     observer: Observer,
     opened: ExitStack,
-    world: World,
+    world: World = ALONE,
 ) -> Run:
     """Load everything, then take the run folder: what is wrong with the input shows before anything is written.
 
