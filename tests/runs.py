@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -75,16 +76,22 @@ def retrain(*arguments: object, cwd: Path | None = None, timeout: float = 240) -
     return subprocess.CompletedProcess(["retrain", *words], status, out, err)
 
 
-def fork(request: dict[str, Any], timeout: float) -> int:
-    """Exit status, negative for a signal. Raises TimeoutExpired, with the process killed."""
-    server = fork_server()
-    assert server.stdin and server.stdout
-    server.stdin.write(json.dumps(request) + "\n")
-    server.stdin.flush()
-    pid = int(server.stdout.readline())
+def fork(
+    request: dict[str, Any], timeout: float, *, server: int = 0, started: Callable[[int], object] = lambda pid: None
+) -> int:
+    """Exit status, negative for a signal. Raises TimeoutExpired, with the process killed.
+
+    server: which of the processes to fork; one forks one at a time. started: is told the process id.
+    """
+    process = fork_server(server)
+    assert process.stdin and process.stdout
+    process.stdin.write(json.dumps(request) + "\n")
+    process.stdin.flush()
+    pid = int(process.stdout.readline())
+    started(pid)
     late = threading.Timer(timeout, os.kill, (pid, signal.SIGKILL))
     late.start()
-    status = int(server.stdout.readline())
+    status = int(process.stdout.readline())
     if late.finished.is_set():
         raise subprocess.TimeoutExpired(request["arguments"], timeout)
     late.cancel()
@@ -92,7 +99,7 @@ def fork(request: dict[str, Any], timeout: float) -> int:
 
 
 @cache
-def fork_server() -> subprocess.Popen[str]:
+def fork_server(number: int = 0) -> subprocess.Popen[str]:
     command = [sys.executable, str(Path(__file__).with_name("fork_server.py"))]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
     atexit.register(server.communicate)  # its stdin ends, and with it the server

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from retrain.distributed import ALONE, World
 from retrain.types import Batch, StepResult
 
 if TYPE_CHECKING:
@@ -77,12 +78,15 @@ class Backend(Protocol):
     def peak_memory_bytes(self) -> int: ...
 
 
-def open_backend(config: Config, *, seed: int, say: Callable[[str], None]) -> Backend:
-    """The backend of `[backend] backend`, with the model loaded and a fresh adapter drawn from `seed`."""
+def open_backend(config: Config, *, seed: int, say: Callable[[str], None], world: World = ALONE) -> Backend:
+    """The backend of `[backend] backend`, with the model loaded and a fresh adapter drawn from `seed`.
+
+    world: the ranks that train together.
+    """
     if config.backend.backend == "tinker":
         from retrain.backend.tinker import TinkerBackend
 
         return TinkerBackend(config, seed=seed, say=say)
     from retrain.backend.local import LocalBackend
 
-    return LocalBackend(config, seed=seed, say=say)
+    return LocalBackend(config, seed=seed, say=say, world=world)

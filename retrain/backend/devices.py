@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from retrain.distributed import World
 from retrain.estimate import SMALL_MODEL
 from retrain.types import ConfigError
 from retrain_kernels import dispatch
@@ -58,6 +59,26 @@ def resolve_devices(section: BackendConfig, say: Callable[[str], None]) -> tuple
     samples = resolve_device(section.samples_on, say)
     trains = resolve_device(section.trains_on, say) if section.is_split else samples
     return samples, trains, 2 if section.is_split and samples == trains else 1
+
+
+def device_of_rank(name: str, world: World) -> str:
+    """The `[backend] devices` of one rank: of GPUs, the one of its number on its machine; alone, what is configured.
+
+    Raises ConfigError where there are more ranks on this machine than GPUs.
+    """
+    if world.size == 1 or name == "cpu":
+        return name
+    count = torch.cuda.device_count()
+    if count == 0:
+        # Metal is one device, and cannot be shared.
+        return "cpu" if torch.backends.mps.is_available() else name
+    if world.local_size > count:
+        raise ConfigError(
+            f'backend.devices = "{name}": {world.local_size} processes on a machine with {count} GPUs, and each takes '
+            f'one; start {count} of them, or use "cpu"'
+        )
+    torch.cuda.set_device(world.local_rank)
+    return f"gpu:{world.local_rank}"
 
 
 def kernels_on(device: torch.device) -> tuple[str, str]:

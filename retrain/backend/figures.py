@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,16 +14,30 @@ from retrain.backend.packing import MicroBatch
 
 @dataclass(frozen=True)
 class Pass:
-    """Per-token records of one micro-batch, detached: what a step's figures are made of.
+    """Per-token records of one micro-batch, detached and on the CPU: what a step's figures are made of.
 
-    entropy_N: None where the backend does not know it.
+    members, lengths: the rollouts, and how many tokens of each there are, one after another. planning_N: bool.
+    entropy_N: None where the backend does not know it. gap_N: distance of the log-probs from the sampler's, in nats.
     """
 
-    micro: MicroBatch
+    members: tuple[int, ...]
+    lengths: tuple[int, ...]
+    planning_N: Tensor
     entropy_N: Tensor | None
     uncertainty_N: Tensor
     advantages_N: Tensor
     gap_N: Tensor
+
+    @classmethod
+    def of(
+        cls, micro: MicroBatch, entropy_N: Tensor | None, uncertainty_N: Tensor, advantages_N: Tensor, gap_N: Tensor
+    ) -> Pass:
+        tensors = (micro.planning_N, entropy_N, uncertainty_N, advantages_N, gap_N)
+        return cls(micro.members, micro.lengths, *(None if t is None else t.detach().cpu() for t in tensors))  # pyright: ignore[reportArgumentType]
+
+    def by_member(self, values_N: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(member, its values [T]) of each completion."""
+        return zip(self.members, values_N.split(self.lengths), strict=True)
 
 
 def logprob_gap(passes: Sequence[Pass]) -> dict[str, float]:
@@ -52,7 +66,7 @@ def uncertainty_summary(passes: Sequence[Pass]) -> tuple[tuple[float, float], ..
     """(mean, max) of each rollout's token uncertainty, in the order of the batch."""
     found = {}
     for record in passes:
-        for member, values in record.micro.by_member(record.uncertainty_N.cpu()):
+        for member, values in record.by_member(record.uncertainty_N):
             found[member] = (values.mean().item(), values.max().item())
     return tuple(found[member] for member in sorted(found))
 
@@ -61,10 +75,9 @@ def credit_of_tokens(passes: Sequence[Pass]) -> tuple[tuple[np.ndarray, np.ndarr
     """(advantages, uncertainty) of each rollout's tokens, in the order of the batch."""
     found = {}
     for record in passes:
-        ends = record.micro.cu_seqlens[1:-1].cpu().numpy()
-        advantages = np.split(record.advantages_N.float().cpu().numpy(), ends)
-        uncertainty = np.split(record.uncertainty_N.float().cpu().numpy(), ends)
-        found |= zip(record.micro.members, zip(advantages, uncertainty, strict=True), strict=True)
+        credit = (record.by_member(values.float()) for values in (record.advantages_N, record.uncertainty_N))
+        for (member, advantages), (_, uncertainty) in zip(*credit, strict=True):
+            found[member] = (advantages.numpy(), uncertainty.numpy())
     return tuple(found[member] for member in sorted(found))
 
 
@@ -74,9 +87,9 @@ def token_statistics(passes: Sequence[Pass]) -> dict[str, float | None]:
     Variances: population.
     """
     entropies = [record.entropy_N for record in passes if record.entropy_N is not None]
-    entropy = torch.cat(entropies).cpu().double() if entropies else None
-    uncertainty = torch.cat([record.uncertainty_N for record in passes]).cpu().double()
-    planning = torch.cat([record.micro.planning_N for record in passes]).cpu()
+    entropy = torch.cat(entropies).double() if entropies else None
+    uncertainty = torch.cat([record.uncertainty_N for record in passes]).double()
+    planning = torch.cat([record.planning_N for record in passes])
 
     def moments(values: Tensor | None, mask: Tensor | None = None) -> tuple[float | None, float | None]:
         chosen = values[mask] if values is not None and mask is not None else values

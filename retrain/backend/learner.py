@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +28,8 @@ from retrain.backend.figures import (
 from retrain.backend.model import Policy
 from retrain.backend.packing import MicroBatch, loss_denominator, pack, trained
 from retrain.backend.recovery import NotFinite, OutOfMemory, all_or_nothing, fitting, release_memory
+from retrain.backend.sharing import shares
+from retrain.distributed import ALONE, World
 from retrain.types import Batch, RetrainError, Rollout, StepResult
 from retrain_kernels import linear_logprob, policy_loss
 
@@ -34,11 +37,28 @@ if TYPE_CHECKING:
     from retrain.config import Config
 
 
-class Learner:
-    """Holds the optimizer of the adapter; everything else of a step is in its arguments."""
+@dataclass(frozen=True)
+class _Part:
+    """What a rank's rollouts add to an update. sums: of the loss, as `policy_loss` names them.
 
-    def __init__(self, policy: Policy, config: Config) -> None:
-        self.policy = policy
+    broken: rollouts whose log-probs are not finite. moved: whether a parameter has a gradient, for each of them.
+    """
+
+    sums: dict[str, float]
+    records: list[Pass]
+    broken: list[int]
+    moved: tuple[bool, ...]
+
+
+class Learner:
+    """Holds the optimizer of the adapter; everything else of a step is in its arguments.
+
+    Of several ranks, each trains on its share of the groups. Loss, gradient and figures are those of the whole batch on
+    all of them, so that their adapters stay the same.
+    """
+
+    def __init__(self, policy: Policy, config: Config, world: World = ALONE) -> None:
+        self.policy, self.world = policy, world
         self.algorithm, self.loss, self.training = config.algorithm, config.loss, config.training
         self.inference, self.gtpo, self.hicra = config.inference, config.gtpo, config.hicra
         self.uncertainty = resolve(config.algorithm.uncertainty, has_entropy=True)
@@ -89,7 +109,8 @@ class Learner:
 
     def _attempt(self, batch: Batch) -> StepResult:
         """The updates of a step. Raises NotFinite and OutOfMemory."""
-        old = self._recomputed(batch)
+        own = shares(batch, self.world.size, share_prompts=self.share_prompts)[self.world.rank]
+        old = self._recomputed(batch, own)
         updates: list[dict[str, float]] = []
         passes: list[Pass] = []
         sampled_from: list[Pass] = []
@@ -98,7 +119,7 @@ class Learner:
                 members = range(part, len(batch.rollouts), self.loss.minibatches)
                 if not members:
                     continue
-                update, records = self._update(batch, members, old, first=not updates)
+                update, records = self._update(batch, members, own, old, first=not updates)
                 # The gap to the sampler and the entropies are the sampling policy's: later updates have moved on.
                 sampled_from = sampled_from or records
                 passes += records if epoch == 0 else []
@@ -107,64 +128,108 @@ class Learner:
         return StepResult(metrics, uncertainty_summary(passes), credit_of_tokens(passes))
 
     def _update(
-        self, batch: Batch, members: Sequence[int], old: dict[int, Tensor] | None, *, first: bool
+        self,
+        batch: Batch,
+        members: Sequence[int],
+        own: Collection[int],
+        old: dict[int, Tensor] | None,
+        *,
+        first: bool,
     ) -> tuple[dict[str, float], list[Pass]]:
-        """One optimizer update on the rollouts `members`, over as many micro-batches as the token budget asks for."""
+        """One optimizer update on the rollouts `members`, over as many micro-batches as the token budget asks for.
+
+        own: the rollouts of this rank.
+        """
         denominator = loss_denominator(
             [batch.rollouts[i] for i in members],
             aggregation=self.loss.aggregation,
             max_tokens=self.training.max_tokens,
         )
-        sums, records = self._gradient(batch, members, old, denominator)
+        mine = [i for i in members if i in own]
+        parts = self.world.each(lambda: self._gradient(batch, mine, old, denominator))
+        _check_finite(i for part in parts for i in part.broken)
+        records = [record for part in parts for record in part.records]
         if first:
             self._check_gap(records)
+        self._sum_gradients(parts)
         norm = self._clip(self.training.max_grad_norm or math.inf)
-        update = {key: value.item() for key, value in sums.items()} | {"grad_norm": norm}
+        update = _summed(parts) | {"grad_norm": norm}
         for what, value in (("loss", update["loss"]), ("gradient", norm)):
             if not math.isfinite(value):
-                raise NotFinite(what, self._culprits(batch, members, old, denominator))
+                raise NotFinite(what, self._culprits(batch, mine, old, denominator) or members)
         self.optimizer.step()
         return update, records
 
     def _gradient(
         self, batch: Batch, members: Sequence[int], old: dict[int, Tensor] | None, denominator: float
-    ) -> tuple[dict[str, Tensor], list[Pass]]:
-        """Leave the gradient of the loss over `members` in the parameters; the loss and its sums, and the records."""
+    ) -> _Part:
+        """Leave the gradient of the loss over `members` in the parameters."""
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
-        records = []
+        records: list[Pass] = []
+        broken: list[int] = []
         self.policy.peft.train()
         try:
             for micro in self._pack(batch, members):
                 with fitting(tokens=micro.tokens_RS.numel(), sequences=len(micro.members)):
-                    loss, metrics, record = self._forward(micro, batch.sepa_lambda, denominator, old)
+                    logprobs = self._logprob(micro)
+                    reference_N = self._reference(micro) if self.loss.kl_coef else None
+                    if found := _broken(micro, *logprobs, reference_N):
+                        broken += found
+                        continue
+                    loss, metrics, record = self._loss(
+                        micro, *logprobs, reference_N, batch.sepa_lambda, denominator, old
+                    )
                     loss.backward()
                 records.append(record)
                 for key, value in ({"loss": loss.detach()} | metrics).items():
                     sums[key] = sums[key] + value if key in sums else value
         finally:
             self.policy.peft.eval()
-        return sums, records
+        moved = tuple(parameter.grad is not None for parameter in self.parameters)
+        return _Part({key: value.item() for key, value in sums.items()}, records, broken, moved)
+
+    def _sum_gradients(self, parts: Sequence[_Part]) -> None:
+        """Over the ranks, in one go. A parameter that no rank has a gradient of is left without."""
+        if len(parts) == 1:
+            return
+        gradients = []
+        for parameter, moved in zip(self.parameters, zip(*(part.moved for part in parts), strict=True), strict=True):
+            if any(moved):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                gradients.append(parameter.grad)
+        self.world.sum_(gradients)
 
     def _culprits(
         self, batch: Batch, members: Sequence[int], old: dict[int, Tensor] | None, denominator: float
     ) -> list[int]:
-        """Those of `members` whose own loss or gradient is not finite; all of them where only the sum is not."""
-        found = []
-        for i in members:
-            sums, _ = self._gradient(batch, [i], old, denominator)
-            if not (math.isfinite(sums["loss"].item()) and math.isfinite(self._clip(math.inf))):
-                found.append(i)
-        return found or list(members)
+        """Those whose own loss or gradient is not finite, of all ranks' `members`; none where only the sum is not."""
+
+        def look() -> list[int]:
+            found = []
+            for i in members:
+                loss = self._gradient(batch, [i], old, denominator).sums.get("loss", math.nan)
+                if not (math.isfinite(loss) and math.isfinite(self._clip(math.inf))):
+                    found.append(i)
+            return found
+
+        return [i for found in self.world.each(look) for i in found]
 
     def _clip(self, limit: float) -> float:
         """Cut the gradient to the norm `limit`; the norm it had."""
         return torch.nn.utils.clip_grad_norm_(self.parameters, limit).item()
 
-    def _forward(
-        self, micro: MicroBatch, sepa_lambda: float, denominator: float, old: dict[int, Tensor] | None
+    def _loss(
+        self,
+        micro: MicroBatch,
+        logprob_N: Tensor,
+        entropy_N: Tensor,
+        reference_N: Tensor | None,
+        sepa_lambda: float,
+        denominator: float,
+        old: dict[int, Tensor] | None,
     ) -> tuple[Tensor, dict[str, Tensor], Pass]:
-        logprob_N, entropy_N = self._logprob(micro)
         uncertainty_N = token_uncertainty(self.uncertainty, logprob_N.detach(), entropy_N.detach())
         advantages_N = token_credit(
             micro.advantages_B,
@@ -194,7 +259,7 @@ class Learner:
             clip_high=self.loss.clip_high,
             aggregation=self.loss.aggregation,
             denominator=denominator,
-            ref_logprob=self._reference(micro) if self.loss.kl_coef else None,
+            ref_logprob=reference_N,
             kl_coef=self.loss.kl_coef,
             kl_estimator=self.loss.kl_estimator,
             dual_clip=self.loss.dual_clip,
@@ -203,7 +268,7 @@ class Learner:
             weights=weights_N,
         )
         gap_N = (logprob_N.detach() - sampler_N).abs()
-        return loss, metrics, Pass(micro, entropy_N.detach(), uncertainty_N, advantages_N, gap_N)
+        return loss, metrics, Pass.of(micro, entropy_N, uncertainty_N, advantages_N, gap_N)
 
     def _logprob(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies [N] at the sampling temperature, without a logit kept."""
@@ -211,7 +276,7 @@ class Learner:
         hidden_RSD = self.policy.hidden(micro.tokens_RS, positions, micro.mask)
         hidden_ND = hidden_RSD.flatten(0, 1).index_select(0, micro.predictor_N)
         head = self.policy.head
-        logprob_N, entropy_N = linear_logprob(
+        return linear_logprob(
             hidden_ND,
             head.weight,
             micro.targets_N,
@@ -219,11 +284,6 @@ class Learner:
             temperature=self.training.temperature,
             entropy_grad=self.loss.entropy_coef != 0,
         )
-        finite_N = logprob_N.isfinite() & entropy_N.isfinite()
-        if not finite_N.all():
-            bad = [member for member, finite_T in micro.by_member(finite_N) if not finite_T.all()]
-            raise NotFinite("log-probabilities", bad)
-        return logprob_N, entropy_N
 
     @torch.no_grad()
     def _reference(self, micro: MicroBatch) -> Tensor:
@@ -232,14 +292,20 @@ class Learner:
             return self._logprob(micro)[0]
 
     @torch.no_grad()
-    def _recomputed(self, batch: Batch) -> dict[int, Tensor] | None:
-        """Each rollout's log-probs under the policy as it is now, where several updates will move away from it."""
+    def _recomputed(self, batch: Batch, own: Collection[int]) -> dict[int, Tensor] | None:
+        """Log-probs of each of the rollouts `own` under the policy as it is now, where several updates will move away
+        from it."""
         if self.loss.old_logprobs != "recompute" or self.loss.epochs * self.loss.minibatches == 1:
             return None
-        old = {}
-        for micro in self._pack(batch, range(len(batch.rollouts))):
-            with fitting(tokens=micro.tokens_RS.numel(), sequences=len(micro.members)):
-                old |= micro.by_member(self._logprob(micro)[0])
+        old: dict[int, Tensor] = {}
+
+        def recompute() -> list[int]:
+            for micro in self._pack(batch, sorted(own)):
+                with fitting(tokens=micro.tokens_RS.numel(), sequences=len(micro.members)):
+                    old.update(micro.by_member(self._logprob(micro)[0]))
+            return [i for i in old if not old[i].isfinite().all()]
+
+        _check_finite(i for broken in self.world.each(recompute) for i in broken)
         return old
 
     def _pack(self, batch: Batch, members: Sequence[int]) -> list[MicroBatch]:
@@ -272,6 +338,23 @@ class Learner:
                 f"sampler and trainer disagree by {worst:.3g} nats on a token, more than inference.max_logprob_gap = "
                 f"{limit:g}: the completions were not sampled from the policy that trains"
             )
+
+
+def _summed(parts: Sequence[_Part]) -> dict[str, float]:
+    names = dict.fromkeys(name for part in parts for name in part.sums)
+    return {name: sum(part.sums.get(name, 0.0) for part in parts) for name in names}
+
+
+def _broken(micro: MicroBatch, *values_N: Tensor | None) -> list[int]:
+    """Rollouts of which one of the values is not finite."""
+    finite_N = torch.stack([values.detach().isfinite() for values in values_N if values is not None]).all(0)
+    return [] if finite_N.all() else [member for member, own in micro.by_member(finite_N) if not own.all()]
+
+
+def _check_finite(broken: Iterable[int]) -> None:
+    found = list(broken)
+    if found:
+        raise NotFinite("log-probabilities", found)
 
 
 def _check_sampler(batch: Batch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,11 +14,13 @@ import torch
 from peft import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from retrain.backend import ranks, rng, snapshot, trainer_state
 from retrain.backend.devices import kernels_on, peak_memory_bytes, resolve_devices
 from retrain.backend.learner import Learner
 from retrain.backend.model import base_digest, load_policy
+from retrain.distributed import ALONE, World
 from retrain.streams import stream_key
 from retrain.types import Batch, RetrainError, StepResult
 from retrain_kernels import linear_logprob
@@ -31,8 +34,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 class LocalBackend:
     """See `retrain.backend.Backend`. The in-process engine samples from `policy` itself: nothing is copied."""
 
-    def __init__(self, config: Config, *, seed: int, say: Callable[[str], None]) -> None:
-        self.config = config
+    def __init__(self, config: Config, *, seed: int, say: Callable[[str], None], world: World = ALONE) -> None:
+        self.config, self.seed, self.world = config, seed, world
         _, device, processes = resolve_devices(config.backend, say)
         self.policy = load_policy(
             config.model,
@@ -45,7 +48,7 @@ class LocalBackend:
         )
         self.tokenizer, self.context = self.policy.tokenizer, self.policy.context
         self.eos_ids, self.vocab_size = self.policy.eos_ids, self.policy.head.weight.shape[0]
-        self.learner = Learner(self.policy, config)
+        self.learner = Learner(self.policy, config, world)
         self.uncertainty = self.learner.uncertainty
         self.kernels, obstacle = kernels_on(self.policy.device)
         if self.policy.device.type == "cuda" and obstacle:
@@ -53,6 +56,9 @@ class LocalBackend:
         rng.seed_all(stream_key(seed, "global"))
 
     def step(self, batch: Batch, step: int) -> StepResult:
+        if self.world.size > 1:
+            # Dropout differs between ranks, and depends on nothing that came before: a checkpoint holds one state.
+            rng.seed_all(stream_key(self.seed, "rank", step, self.world.rank))
         return self.learner.step(batch, step)
 
     @torch.no_grad()
@@ -135,8 +141,18 @@ class LocalBackend:
     def base_digest(self) -> str:
         return base_digest(self.policy)
 
+    def replica_digest(self) -> str:
+        """SHA-256 over the adapter and its optimizer: the same on every rank."""
+        digest = hashlib.sha256()
+        for parameter in self.learner.parameters:
+            moments = self.learner.optimizer.state[parameter].values()
+            for tensor in (parameter, *(value for value in moments if isinstance(value, Tensor))):
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
     def figures(self) -> dict[str, float | None]:
         return {}
 
     def peak_memory_bytes(self) -> int:
-        return peak_memory_bytes(self.policy.device)
+        """On the rank that has taken most."""
+        return max(self.world.gather(peak_memory_bytes(self.policy.device)))

@@ -48,10 +48,14 @@ class MicroBatch:
     cu_seqlens: Tensor
     members: tuple[int, ...]
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each of the B completions."""
+        return tuple((self.cu_seqlens[1:] - self.cu_seqlens[:-1]).tolist())
+
     def by_member(self, values_N: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(member, its values [T]) of each completion."""
-        lengths = (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).tolist()
-        return zip(self.members, values_N.split(lengths), strict=True)
+        return zip(self.members, values_N.split(self.lengths), strict=True)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import copy
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ class NotFinite(Exception):
         super().__init__(f"the {what} of rollouts {list(culprits)} are not finite")
         self.what, self.culprits = what, tuple(sorted(culprits))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.what, self.culprits)
+
 
 class OutOfMemory(Exception):
     """tokens, sequences: those that were together on the device when memory ran out."""
@@ -29,6 +33,9 @@ class OutOfMemory(Exception):
     def __init__(self, tokens: int, sequences: int) -> None:
         super().__init__(f"{sequences} sequences of {tokens} tokens together do not fit into memory")
         self.tokens, self.sequences = tokens, sequences
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.tokens, self.sequences)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from retrain import __version__
 from retrain.cli.commands import COMMANDS, TRAIN, Command
 from retrain.config.dotenv import load_dotenv
 from retrain.config.suggest import nearest
+from retrain.distributed import several
 from retrain.redact import shown
 from retrain.types import ConfigError, RetrainError
 
@@ -62,6 +63,8 @@ def _dispatch(words: list[str]) -> int:
 
         print(render(entry), end="")
         return 0
+    if entry is not TRAIN and several():
+        raise ConfigError(f"{entry.spoken}: runs as one process; start it without torchrun")
     if entry is TRAIN and arguments:
         _refuse_misspelt_command(arguments[0])
     return _module(entry).run(arguments)

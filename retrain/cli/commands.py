@@ -43,9 +43,12 @@ JSON = Option("--json", "Print one JSON object instead of text.")
 
 TRAIN = Command(
     "train",
-    "[CONFIG.toml] [--campaign-dir DIR] [--flag value ...]",
+    "[CONFIG.toml] [--nproc N] [--campaign-dir DIR] [--flag value ...]",
     "Train. Without CONFIG, ./retrain.toml. A file with [campaign] runs a campaign.",
     (
+        Option(
+            "--nproc", "Processes of this machine that train together, each on its own GPU, or all on the CPU.", "N"
+        ),
         Option(
             "--campaign-dir",
             "Folder of the campaign, and of one to go on with (default: a new folder in log_dir).",

@@ -7,7 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from retrain.cli.flags import parse
-from retrain.config import DEFAULT_PATH, Config, check_available, load_config, run_kind
+from retrain.cli.ranks import run_ranks, take_nproc, without_nproc
+from retrain.config import DEFAULT_PATH, Config, check_available, check_ranks, load_config, run_kind
+from retrain.distributed import ALONE, World, open_world, several, status_of
 from retrain.training.checkpoint import CONFIG, go_on, spare_config
 from retrain.types import ConfigError
 
@@ -18,7 +20,15 @@ def run(argv: Sequence[str]) -> int:
         config = parsed.load()
     except ConfigError as error:
         raise ConfigError(f"{error}{_copy_of(parsed.config_path)}") from None
-    return train_config(config, parsed.options["campaign_dir"])
+    size = take_nproc(parsed.options["nproc"])
+    if size == 1:
+        return train_config(config, parsed.options["campaign_dir"])
+    if several():
+        raise ConfigError("--nproc: torchrun has started the processes already; give it to one of the two")
+    # What is wrong with the config is said once, before anything is started.
+    check_available(config)
+    check_ranks(config, size)
+    return run_ranks(without_nproc(argv), size)
 
 
 def _copy_of(path: str | None) -> str:
@@ -34,6 +44,8 @@ def _copy_of(path: str | None) -> str:
 
 
 def train_config(config: Config, campaign_dir: str | None = None) -> int:
+    if several():
+        return _train_together(config)
     if config.campaign is not None:
         from retrain.campaign.run import run_campaign
 
@@ -46,14 +58,36 @@ def train_config(config: Config, campaign_dir: str | None = None) -> int:
 
         return squeeze(config)
     check_available(config)
+    return _train(config, ALONE)
+
+
+def _train_together(config: Config) -> int:
+    """As one of several ranks: the first one says what there is to say."""
+    rank = 0
+    try:
+        with open_world() as world:
+            rank = world.rank
+            check_available(config)
+            check_ranks(config, world.size)
+            return _train(config, world)
+    except (Exception, KeyboardInterrupt) as error:
+        if rank:
+            raise SystemExit(status_of(error)) from None
+        raise
+
+
+def _train(config: Config, world: World) -> int:
     # Torch takes seconds to import: a config that cannot run is refused before that.
     from retrain.tracking import train
     from retrain.tracking.console import ConsoleObserver
     from retrain.tracking.summary import closing_summary
 
+    if world.rank:
+        train(config, world=world)
+        return 0
     with ConsoleObserver(config.training.max_steps) as observer:
         observer.say(opening(config))
-        result = train(config, observer=observer)
+        result = train(config, observer=observer, world=world)
     for line in closing_summary(config, result.log_dir):
         observer.say(line)
     return 0

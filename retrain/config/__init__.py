@@ -7,6 +7,7 @@ from retrain.config.build import build
 from retrain.config.campaign import Run, run_kind, run_matrix
 from retrain.config.effects import without_effect, without_effect_in_campaign
 from retrain.config.load import DEFAULT_PATH, dump_toml, load_config, to_dict
+from retrain.config.ranks import check_ranks
 from retrain.config.schema import ARRAYS, KEYS, SECTIONS, Config, Key, changed, json_schema, value_of
 from retrain.config.sections import (
     AlgorithmConfig,
@@ -66,6 +67,7 @@ __all__ = [
     "build",
     "changed",
     "check_available",
+    "check_ranks",
     "dump_toml",
     "json_schema",
     "load_config",

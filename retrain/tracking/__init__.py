@@ -10,13 +10,15 @@ from retrain.types import ConfigError
 
 if TYPE_CHECKING:
     from retrain.config import Config
+    from retrain.distributed import World
     from retrain.training.loop import Observer, Tracker
     from retrain.training.run import TrainResult
 
 
-def train(config: Config, *, observer: Observer | None = None) -> TrainResult:
+def train(config: Config, *, observer: Observer | None = None, world: World | None = None) -> TrainResult:
     """Run the training that `config` describes, from the start or from `[resume] from`, to `max_steps`.
 
+    world: the ranks that train together; None: as torchrun started this process, alone without it.
     Raises ConfigError before anything is written, RetrainError when the run fails, Interrupted (after a checkpoint)
     when SIGINT or SIGTERM stopped it.
     """
@@ -25,7 +27,7 @@ def train(config: Config, *, observer: Observer | None = None) -> TrainResult:
     from retrain.training.run import train as run
 
     watching = observer or LogObserver()
-    return run(config, observer=watching, trackers=open_trackers(config, watching.say))
+    return run(config, observer=watching, trackers=open_trackers(config, watching.say), world=world)
 
 
 def open_trackers(config: Config, say: Callable[[str], None]) -> list[Tracker]:

@@ -133,6 +133,16 @@ class RunFolder:
         self._lock.close()
 
 
+class FolderOfFirst(RunFolder):
+    """The run folder on a rank that is not the first, which alone writes."""
+
+    def __init__(self, log_dir: Path) -> None:
+        self.path = log_dir
+
+    def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        pass
+
+
 def verify_records(source: Path, facts: Mapping[str, Any]) -> dict[str, Extent]:
     """The extents that a checkpoint recorded (`RunFolder.extents`). Raises RetrainError where a record is damaged."""
     return {name: verify(source / name, each) for name, each in facts.items()}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from retrain.algorithm.sepa import SepaController
 from retrain.backend import Backend
 from retrain.backpressure import Controller
+from retrain.distributed import ALONE, World
 from retrain.training import checkpoint, health
 from retrain.training.batching import Credited, Detector, credit
 from retrain.training.checkpoint import TrainerState
@@ -31,6 +32,7 @@ from retrain.training.pipeline import Pipeline
 from retrain.training.squeezing import squeeze_if_due
 from retrain.training.start import beside, resume_hint
 from retrain.training.stopwatch import Stopwatch
+from retrain.training.together import check_replicas
 from retrain.types import RetrainError, ServerLost, StepResult
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ class Run:
     """The parts of a running experiment, put together by `retrain.training.run.open_run`.
 
     recorded_step: the last step that is finished and in the records; where it is the state's, the run can go on there.
+    base_sha256: `Backend.base_digest` before the run. world: the ranks that run the same loop; the first one writes.
     """
 
     config: Config
@@ -90,6 +93,8 @@ class Run:
     backpressure: Controller | None = None
     recorded_step: int = 0
     saved_step: int | None = None
+    base_sha256: str | None = None
+    world: World = ALONE
 
 
 class NotSaved(RetrainError):
@@ -166,12 +171,13 @@ def _advance(run: Run, got: Collected, summary: RewardSummary) -> None:
 def _balance(
     run: Run, summary: RewardSummary, credited: Credited, learned: StepResult, watch: Stopwatch
 ) -> dict[str, Any]:
-    """Tell the batch size's controller what the step took. Figures for the metrics."""
+    """Tell the batch size's controller what the step took on the first rank. Figures for the metrics."""
     if run.backpressure is None:
         return {}
     trained = 0 if learned.skipped else credited.batch.num_tokens
     work = {"sample": summary.completion_tokens, "train": trained}
-    figures = run.backpressure.finish_step([(tokens, watch.stages[stage]) for stage, tokens in work.items()])
+    seconds = run.world.first(lambda: watch.stages)
+    figures = run.backpressure.finish_step([(tokens, seconds[stage]) for stage, tokens in work.items()])
     run.state.backpressure = run.backpressure.state()
     return figures
 
@@ -203,6 +209,7 @@ def _record(
         skipped_steps=state.skipped_steps,
         batch_size=len(got.sampled),
         group_size=config.training.group_size,
+        world_size=run.world.size,
         **got.figures,
         **run.backend.figures(),
         **others,
@@ -250,6 +257,13 @@ def save(run: Run, *, prune: bool = True) -> None:
     """
     if run.saved_step == run.state.step:
         return
+    check_replicas(run.backend, run.world)
+    run.world.first(lambda: write_checkpoint(run, prune=prune))
+    run.saved_step = run.state.step
+
+
+def write_checkpoint(run: Run, *, prune: bool = True) -> None:
+    """As `save`, in this process alone."""
     run.folder.sync()
     keep = run.config.training.keep_checkpoints if prune else 0
     run.state.ahead = run.pipeline.ahead(run.state.step)
@@ -271,4 +285,3 @@ def save(run: Run, *, prune: bool = True) -> None:
             f"{error}\nIt holds no state of step {run.state.step}: the last checkpoint is that of step "
             f"{run.saved_step}. {resume_hint(run.folder.path)}"
         ) from error
-    run.saved_step = run.state.step

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 from retrain import data, reward
 from retrain.backend import Backend
 from retrain.data import Dataset
+from retrain.distributed import ALONE, World
 from retrain.environment import open_environment
 from retrain.inference import Engine, Serving, open_engine
 from retrain.training.prompts import admit, encode_prompts
 from retrain.training.rollouts import Answers, Episodes, Rollouts
+from retrain.training.spread import EngineOfFirst, FirstAlone, Spread
 from retrain.types import ConfigError
 
 if TYPE_CHECKING:
@@ -52,8 +54,33 @@ def open_source(
     evaluates: bool,
     say: Callable[[str], None],
     opened: ExitStack,
+    world: World = ALONE,
 ) -> Source:
-    """evaluates: whether held-out examples will be asked. opened: closes what is opened here. Raises ConfigError."""
+    """evaluates: whether held-out examples will be asked. opened: closes what is opened here. Raises ConfigError.
+
+    world: the ranks that sample and judge together.
+    """
+    own = _open_own(config, dataset, backend, evaluates=evaluates, say=say, opened=opened, world=world)
+    if world.size == 1:
+        return own
+    # Of its own: what samples may be another thread than what trains.
+    sampling = world.group()
+    if isinstance(own.engine, EngineOfFirst):
+        return Source(own.engine, FirstAlone(own.train, sampling), FirstAlone(own.held_out, sampling))
+    return Source(own.engine, Spread(own.train, sampling), Spread(own.held_out, sampling))
+
+
+def _open_own(
+    config: Config,
+    dataset: Dataset | None,
+    backend: Backend,
+    *,
+    evaluates: bool,
+    say: Callable[[str], None],
+    opened: ExitStack,
+    world: World,
+) -> Source:
+    """What samples and judges in this process."""
     limits = {
         "context": backend.context,
         "max_tokens": config.training.max_tokens,
@@ -62,7 +89,7 @@ def open_source(
     if dataset is not None:
         train = encode_prompts(dataset.train, backend.tokenizer, **limits, say=say)
         held_out = encode_prompts(dataset.eval if evaluates else (), backend.tokenizer, **limits, say=say)
-        engine = _engine(config, backend, say, opened)
+        engine = _engine(config, backend, say, opened, world)
         scorer = reward.open_rewards(config.reward, config.data.source)
         opened.callback(scorer.close)
         answers = [Answers(*prompts, engine, scorer, config.training.max_tokens) for prompts in (train, held_out)]
@@ -77,11 +104,17 @@ def open_source(
     ]
     if config.training.max_examples:
         problems[0] = problems[0][: config.training.max_examples]
-    engine = _engine(config, backend, say, opened)
+    engine = _engine(config, backend, say, opened, world)
     return Source(engine, *(Episodes(found, environment, engine, config.training.max_tokens) for found in problems))
 
 
-def _engine(config: Config, backend: Backend, say: Callable[[str], None], opened: ExitStack) -> Engine:
-    engine = open_engine(config.inference, backend, Serving.of(config, say))
+def _engine(config: Config, backend: Backend, say: Callable[[str], None], opened: ExitStack, world: World) -> Engine:
+    """An engine in this process, or the one that talks to servers, which only the first rank has."""
+
+    def open_own() -> Engine:
+        return open_engine(config.inference, backend, Serving.of(config, say))
+
+    shared = world.size > 1 and config.inference.engine != "pytorch"
+    engine = EngineOfFirst(world, open_own) if shared else open_own()
     opened.callback(engine.close)
     return engine

@@ -107,7 +107,7 @@ def measured(update: Update, logprobs: Sequence[np.ndarray], config: Config) -> 
         for key, value in ({"loss": loss} | metrics).items():
             sums[key] = sums.get(key, 0.0) + value.item()
         gap_N = (logprob_N - micro.sampler_logprob_N).abs()
-        records.append(Pass(micro, None, uncertainty_N, advantages_N, gap_N))
+        records.append(Pass.of(micro, None, uncertainty_N, advantages_N, gap_N))
     return sums, records
 
 

@@ -1,0 +1,214 @@
+"""Whole runs of several ranks: against one process, stopped and resumed, killed, and wrongly started."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from rank_runs import RanksRun, run_ranks, until
+from retrain.training.metrics import MEASURED
+from runs import lines, retrain, start, unmeasured, write_config
+
+# No dropout, which differs between ranks; a rate that does not depend on where the run ends.
+PLAIN = ("--lora-dropout", 0, "--lr-schedule", "constant", "--keep-checkpoints", 0)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A folder with a config and two runs of 20 steps from it: "one" of one process, "two" of `retrain --nproc 2`."""
+    folder = tmp_path_factory.mktemp("ranks")
+    config = write_config(folder, folder / "log", learns=True)
+    for name, nproc in (("one", ()), ("two", ("--nproc", 2))):
+        done = retrain(config, *nproc, "--log-dir", folder / name, "--max-steps", 20, *PLAIN)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        (folder / f"{name}.out").write_text(done.stdout, encoding="utf-8")
+    return folder
+
+
+def adapter(folder: Path) -> dict:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def assert_close(a: Path, b: Path) -> None:
+    ours, theirs = adapter(a), adapter(b)
+    assert ours.keys() == theirs.keys()
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-5
+
+
+def test_twenty_steps_are_those_of_one_process(base: Path):
+    assert_close(base / "one/final", base / "two/final")
+    for a, b in zip(lines(base / "one/metrics.jsonl"), lines(base / "two/metrics.jsonl"), strict=True):
+        assert (a.pop("world_size"), b.pop("world_size")) == (1, 2)
+        assert a.keys() == b.keys()
+        for name in a.keys() - set(MEASURED):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+    texts = [[row["completion"] for row in lines(base / name / "generations.jsonl")] for name in ("one", "two")]
+    assert texts[0] == texts[1]
+
+
+def test_one_writes_and_one_speaks(base: Path):
+    one, two = ({path.relative_to(base / n) for path in (base / n).rglob("*")} for n in ("one", "two"))
+    assert one == two
+    assert len(lines(base / "two/metrics.jsonl")) == 20
+    metadata = json.loads((base / "two/metadata.json").read_text())
+    assert metadata["world_size"] == 2
+    assert len(metadata["sessions"]) == 1
+    said = [(base / f"{name}.out").read_text() for name in ("one", "two")]
+    assert [len(text.splitlines()) for text in said] == [len(said[0].splitlines())] * 2
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_checkpoint_of_two_goes_on_with_any_number(base: Path, tmp_path, size):
+    words = [base / "config.toml", "--resume", base / "two/checkpoints/step_000010", "--log-dir", tmp_path / "fork"]
+    words += ["--max-steps", 12, *PLAIN, "--batch-size", 2]
+    if size == 1:
+        assert retrain(*words).returncode == 0
+    else:
+        # Three ranks need three groups: the same run with more groups, begun anew on two.
+        first = [base / "config.toml", "--log-dir", tmp_path / "wide", "--batch-size", 3, "--max-steps", 4, *PLAIN]
+        assert run_ranks(tmp_path / "a", 2, *first).statuses == [0, 0]
+        words = [base / "config.toml", "--resume", tmp_path / "wide/checkpoints/step_000002", "--log-dir"]
+        words += [tmp_path / "fork", "--max-steps", 4, *PLAIN, "--batch-size", 3]
+        assert run_ranks(tmp_path / "b", 3, *words).statuses == [0, 0, 0]
+    other = base / "two/checkpoints/step_000012" if size == 1 else tmp_path / "wide/checkpoints/step_000004"
+    assert_close(tmp_path / "fork/final", other)
+
+
+def test_the_same_number_of_ranks_goes_on_to_the_same_bits(base: Path, tmp_path):
+    """With dropout, of which each rank draws its own."""
+    words = [base / "config.toml", "--save-every", 2, "--keep-checkpoints", 0]
+    whole = run_ranks(tmp_path / "a", 2, *words, "--log-dir", tmp_path / "whole", "--max-steps", 4)
+    assert whole.statuses == [0, 0], whole.said
+    again = [*words, "--log-dir", tmp_path / "again", "--resume", tmp_path / "whole/checkpoints/step_000002"]
+    assert run_ranks(tmp_path / "b", 2, *again, "--max-steps", 4).statuses == [0, 0]
+    a, b = (tmp_path / name for name in ("whole", "again"))
+    assert [unmeasured(row) for row in lines(a / "metrics.jsonl")] == [
+        unmeasured(r) for r in lines(b / "metrics.jsonl")
+    ]
+    for name in ("final/adapter_model.safetensors", "generations.jsonl"):
+        assert (a / name).read_bytes() == (b / name).read_bytes()
+
+
+def has_steps(log_dir: Path, count: int = 1) -> bool:
+    path = log_dir / "metrics.jsonl"
+    return path.exists() and path.read_bytes().count(b"\n") >= count
+
+
+def test_a_rank_that_is_killed_ends_the_run_at_once(base: Path, tmp_path):
+    log_dir, killed = tmp_path / "log", []
+
+    def kill(run: RanksRun) -> None:
+        until(lambda: has_steps(log_dir))
+        killed.append(time.monotonic())
+        run.send(signal.SIGKILL, 1)
+
+    words = [base / "config.toml", "--log-dir", log_dir, "--max-steps", 500]
+    run = run_ranks(tmp_path / "run", 2, *words, meanwhile=kill)
+    assert run.ended - killed[0] < 3
+    assert run.statuses == [1, -signal.SIGKILL]
+    assert run.said.startswith("error: the process of rank 1 died")
+    assert run.said.count("\n") == 1
+    assert f"retrain {log_dir / 'config.toml'} --resume {log_dir}" in run.said
+
+
+def test_a_signal_to_all_ends_the_run_after_a_checkpoint(base: Path, tmp_path):
+    log_dir = tmp_path / "log"
+
+    def stop(run: RanksRun) -> None:
+        until(lambda: has_steps(log_dir))
+        run.send(signal.SIGINT)
+        run.send(signal.SIGINT)  # as where a terminal and a launcher both send it
+
+    words = [base / "config.toml", "--log-dir", log_dir, "--max-steps", 500, "--save-every", 500]
+    run = run_ranks(tmp_path / "run", 2, *words, meanwhile=stop)
+    assert run.statuses == [130, 130]
+    steps = len(lines(log_dir / "metrics.jsonl"))
+    assert json.loads((log_dir / "trainer_state.json").read_text())["step"] == steps
+    assert json.loads((log_dir / "metadata.json").read_text())["sessions"][-1]["status"] == "interrupted"
+    assert run.said.count("checkpoint written") == 1
+    assert run.said.count("stopping at the next safe point") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_the_launcher(base: Path, tmp_path, number):
+    log_dir = tmp_path / "log"
+    words = [base / "config.toml", "--log-dir", log_dir, "--max-steps", 500, "--save-every", 500]
+    launcher = start("--nproc", 2, *words)
+    until(lambda: has_steps(log_dir))
+    ranks = [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+    assert len(ranks) == 2
+    launcher.send_signal(number)
+    _, said = launcher.communicate(timeout=60)
+    until(lambda: not any(alive(pid) for pid in ranks), 10)
+    if number == signal.SIGTERM:
+        assert launcher.returncode == 130
+        assert "checkpoint written" in said
+        assert json.loads((log_dir / "trainer_state.json").read_text())["step"] > 0
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# ---- what is wrong with the input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--batch-size", 1), "training.batch_size = 1: 2 processes share the groups"),
+        (("--devices", "gpu:3"), 'backend.devices = "gpu:3": each of 2 processes'),
+        (("--devices", "mps"), 'backend.devices = "mps"'),
+        (("--lr", "x"), "--lr x: must be a number"),
+        (("--backpressure-enabled", "--min-batch-size", 1), "backpressure.min_batch_size = 1: 2 processes"),
+    ],
+)
+@pytest.mark.parametrize("launched", [True, False])
+def test_what_ranks_cannot_do_is_refused_once(base: Path, tmp_path, words, message, launched):
+    if launched:
+        done = retrain(base / "config.toml", "--nproc", 2, "--log-dir", tmp_path / "log", *words)
+        statuses, said = [done.returncode], done.stderr
+    else:
+        run = run_ranks(tmp_path / "run", 2, base / "config.toml", "--log-dir", tmp_path / "log", *words)
+        statuses, said = run.statuses, run.said
+    assert set(statuses) == {2}
+    assert said.count("error: ") == 1
+    assert message in said
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize("text", ["0", "x", "-1"])
+def test_nproc_is_a_number(text):
+    done = retrain("--nproc", text)
+    assert done.returncode == 2
+    assert "--nproc" in done.stderr
+
+
+def test_other_commands_are_refused(base: Path, tmp_path):
+    run = run_ranks(tmp_path / "run", 2, "eval", base / "config.toml")
+    assert run.statuses == [2, 2]
+    assert "retrain eval: runs as one process" in run.said
+
+
+def test_an_error_of_one_rank_alone_is_named(base: Path, tmp_path):
+    """Its copy of the data differs, as on a machine with other files."""
+    data = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"What is {i}?", "answer": str(i)} for i in range(8)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    module = tmp_path / "odd_reward.py"
+    module.write_text(
+        "import os\n\ndef score(responses, references):\n"
+        "    if os.environ['RANK'] == '1':\n        raise SystemExit('no')\n    return [0.0] * len(responses)\n"
+    )
+    shutil.copy(base / "config.toml", tmp_path / "config.toml")
+    assert data.exists()
