@@ -43,11 +43,12 @@ class Version:
 class Server:
     """model: the base model's name there. context: its longest sequence in tokens, None where it does not say.
 
-    alive: whether it takes part. life: how often it was dropped, restored and admitted; what was sent in an earlier
-    one says nothing about this one. lost: how often it was waited for in vain. has: names of the versions that it was
-    given since it takes part. served: completions so far. pace: tokens per second, as measured; 0 before that.
-    drops, look_at: how often it was dropped, and when (time.monotonic) it is to be looked at again. remarked: whether
-    it was said why it does not come back although it answers.
+    alive: whether it takes part. life: how often it was dropped, restored and admitted; what was sent in an earlier one
+    says nothing about this one. lost: how often it was waited for in vain. has: names of the versions that it was given
+    since it takes part. left_behind: adapters that were withdrawn while it was dropped. served: completions so far.
+    pace: tokens per second, as measured; 0 before that. drops, look_at: how often it was dropped, and when
+    (time.monotonic) it is to be looked at again. remarked: whether it was said why it does not come back although it
+    answers.
     restoring: held by whoever brings it back. loading: held around the calls that load one adapter.
     """
 
@@ -58,6 +59,7 @@ class Server:
     life: int = 0
     lost: int = 0
     has: set[str] = field(default_factory=set)
+    left_behind: list[Adapter] = field(default_factory=list)
     served: int = 0
     pace: float = 0.0
     drops: int = 0
@@ -111,6 +113,8 @@ class Fleet:
                 if version := self._versions.pop(number, None):
                     for server in self.servers:
                         server.has.discard(version.name)
+                        if not server.alive and version.adapter is not None:
+                            server.left_behind.append(version.adapter)
 
     def expects(self, version: Version) -> bool:
         """Whether the version is (still) to be served."""

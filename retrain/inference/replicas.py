@@ -165,6 +165,10 @@ async def readmit(session: Session, fleet: Fleet, serving: Serving, server: Serv
             while missing := fleet.admit(server):
                 for version in missing:
                     await session.give(server, version)
+            while server.left_behind:
+                adapter = server.left_behind.pop()
+                if adapter not in [version.adapter for version in fleet.versions.values()]:
+                    await session.unload(server, adapter)
     except (Refused, ConfigError) as error:
         raise RetrainError(f"{server.url} came back, and is not as it was: {error}") from error
     except (Busy, BadAnswer) as failure:

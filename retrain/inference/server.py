@@ -1,9 +1,9 @@
 """`engine = "vllm"`, `"sglang"`, `"mlx"`, `"max"`, `"openai"`: completions from servers over HTTP.
 
 Each policy version is written to a folder, loaded by every server, and proven to be served before anything is sampled
-from it. Who does what: `dialects.py` knows the servers' words, `session.py` attempts and outages, `fleet.py` who is alive
-and has to serve what, `replicas.py` the balance and the return of servers, `probe.py` the proof, `start.py` the checks
-before the first step.
+from it. Who does what: `dialects.py` knows the servers' words, `session.py` attempts and outages, `fleet.py` who is
+alive and has to serve what, `replicas.py` the balance and the return of servers, `probe.py` the proof, `start.py` the
+checks before the first step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from retrain.config.engines import parse_urls
 from retrain.http import BadAnswer, open_client, run, together
 from retrain.inference import Engine, Serving
 from retrain.inference.adapters import AdapterStore
-from retrain.inference.dialects import DIALECTS, Adapter, Ask, Sample, prompt_text
+from retrain.inference.dialects import DIALECTS, Adapter, Ask, Sample, Unreproducible, prompt_text
 from retrain.inference.fleet import Fleet, Reference, Server, Version
 from retrain.inference.probe import (
     SAMPLED_STREAM,
@@ -294,7 +294,11 @@ class ServerEngine(Engine):
             got = self._continuation(read_scores(scoring, self._probe.ids, answer))
         else:
             ask = self._probe_ask(version.adapter)
-            sample = session.read_sample(ask, await session.send(server, self.dialect.ask(ask, server.model)))
+            answer = await session.send(server, self.dialect.ask(ask, server.model))
+            try:
+                sample = session.read_sample(ask, answer)
+            except Unreproducible:
+                raise BadAnswer("its text does not tell its tokens") from None
             # Rounding may part the paths, and what is sampled after that is another text.
             pairs = zip(sample.tokens, version.reference.tokens, strict=False)
             same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))

@@ -22,9 +22,10 @@ async def look_at(session: Session, server: Server, greeting: Ask, serving: Serv
     try:
         await identify(session, server, serving)
     except Failure as failure:
+        engine = session.terms.dialect.engine
         raise ConfigError(
-            f'inference.url: {server.url} does not answer as a "{session.terms.dialect.engine}" server does: {failure}. Start '
-            "it (`retrain serve CONFIG` does), or correct inference.url or inference.engine"
+            f'inference.url: {server.url} does not answer as a "{engine}" server does: {failure}. '
+            "Start it (`retrain serve CONFIG` does), or correct inference.url or inference.engine"
         ) from failure
     sample = await _greet(session, server, greeting)
     context = "" if server.context is None else f", with a context of {server.context} tokens"
