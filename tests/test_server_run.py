@@ -27,7 +27,7 @@ entropy_coef = 0.01
 [training]
 seed = 3
 max_steps = {steps}
-batch_size = 4
+batch_size = 2
 group_size = 4
 max_tokens = 8
 lr = 1e-3
@@ -42,7 +42,7 @@ log_dir = "{folder}/run"
 
 def test_a_run_goes_on_without_a_server_and_with_it_again(tmp_path):
     base = resolve_model("builtin:tiny")
-    with FakeServer(base, delay=0.2) as there, FakeServer(base, delay=0.2) as killed:
+    with FakeServer(base, delay=0.1) as there, FakeServer(base, delay=0.1) as killed:
         config, metrics = tmp_path / "config.toml", tmp_path / "run" / "metrics.jsonl"
         config.write_text(RUN.format(folder=tmp_path, urls=f"{there.url},{killed.url}", steps=STEPS))
         process = runs.start(config)
