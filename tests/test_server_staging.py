@@ -81,6 +81,46 @@ def test_two_versions_ahead(serve, connect):
     assert tokens(seen[0]) != tokens(seen[1])
 
 
+def test_one_version_is_taken_up_while_the_next_is_being_staged(serve, connect, tmp_path):
+    fake = serve(delay=0.1)
+    engine, backend = connect(fake)
+    engine.publish(0)
+    models.stir(backend.policy.peft)
+    engine.stage(1)
+    models.stir(backend.policy.peft)
+    before = len(fake.log)
+
+    def take_up():
+        wait_for(lambda: len(fake.log) > before, "the staging")
+        engine.use(1)
+        return generate(engine)
+
+    result = in_thread(take_up)
+    engine.stage(2)
+    got = result()
+    assert versions(got) == {1}
+    assert tokens(got) == truth(fake, 1)
+    assert numbers(fake) == [1, 2]
+    assert sorted(folder.name for folder in (tmp_path / "adapters").glob("*/*")) == ["v1", "v2"]
+    engine.use(2)
+    assert tokens(generate(engine)) == truth(fake, 2)
+
+
+def test_staging_does_not_wait_for_a_server_that_sampling_found_gone(serve, connect):
+    """It hangs: the request that is out for the staging is hung up on as well."""
+    good, hanging = serve(), serve()
+    engine, _ = connect(good, hanging, request_timeout_s=6.0)
+    engine.publish(0)
+    hanging.fault = lambda request: "stall" if request.path == "/v1/completions" else None
+    result = sampling(engine, hanging)
+    time.sleep(4)
+    began = time.monotonic()
+    engine.stage(1)
+    assert time.monotonic() - began < 5.5
+    assert engine.servers_alive == 1
+    assert len(tokens(result())) == 12
+
+
 def test_what_is_staged_or_in_use_is_not_staged_again(serve, connect):
     fake = serve()
     engine, backend = connect(fake)

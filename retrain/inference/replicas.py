@@ -97,9 +97,10 @@ class Turns:
         async with self._changed:
             while (server := self._choose(owed)) is None:
                 await self._changed.wait()
-        self.outstanding[server] += owed
-        self._requests[server] += len(asks)
-        self._busy_since.setdefault(server, time.monotonic())
+            self.outstanding[server] += owed
+            self._requests[server] += len(asks)
+            self._busy_since.setdefault(server, time.monotonic())
+            self._changed.notify()  # there may be room for the next one, too
         try:
             yield server
         finally:
@@ -108,7 +109,7 @@ class Turns:
             if not self._requests[server]:
                 self._busy_seconds[server] += time.monotonic() - self._busy_since.pop(server)
             async with self._changed:
-                self._changed.notify_all()
+                self._changed.notify()
 
     def _choose(self, owed: int) -> Server | None:
         """The one that, by its pace, is done first with `owed` tokens more; None while all are full."""
@@ -159,6 +160,8 @@ async def readmit(session: Session, fleet: Fleet, serving: Serving, server: Serv
     if not server.restoring.acquire(blocking=False):
         return  # the other thread is at it
     try:
+        if server.alive:
+            return  # the other thread was
         async with asyncio.timeout(min(LOOK_LIMIT_SECONDS, session.terms.timeout_s)):
             server.has.clear()
             await identify(session, server, serving)

@@ -210,7 +210,8 @@ class ServerEngine(Engine):
             return (await together([*readings, *looks]))[: len(servers)]
 
         sampled = None
-        for server, reading in zip(servers, self._run(work), strict=True):
+        readings = self._run(lambda session: watched(session, self.fleet, self.serving, work(session)))
+        for server, reading in zip(servers, readings, strict=True):
             if reading is not None:
                 scores, sample = reading
                 expected = staged.reference.expected if staged.reference else None
