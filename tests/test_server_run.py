@@ -52,12 +52,12 @@ def test_a_run_goes_on_without_a_server_and_with_it_again(tmp_path):
             return metrics.exists() and len(runs.lines(metrics)) >= step
 
         try:
-            wait_for(lambda: done(1), "step 1", 60)
+            wait_for(lambda: done(1), "step 1", 120)
             dies_at(killed, 2)
-            wait_for(lambda: done(2), "step 2", 60)
+            wait_for(lambda: done(2), "step 2", 120)
             asked = len(killed.completions())
             revive(killed)
-            out, err = process.communicate(timeout=120)
+            out, err = process.communicate(timeout=240)
         finally:
             process.kill()
     said = out + err
