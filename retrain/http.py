@@ -56,6 +56,10 @@ class Broken(Failure):
     """The connection broke or was not made, or nothing came in time: the server may be gone."""
 
 
+class Late(Broken):
+    """Nothing came in time."""
+
+
 class Busy(Failure):
     """The server has no answer now (429, 5xx)."""
 
@@ -100,7 +104,7 @@ async def send(client: httpx2.AsyncClient, url: str, call: Call, *, timeout_s: f
         async with asyncio.timeout(timeout_s):
             response = await client.request("GET" if call.body is None else "POST", url + call.path, json=call.body)
     except TimeoutError:
-        raise Broken(f"no answer within {timeout_s:g} s") from None
+        raise Late(f"no answer within {timeout_s:g} s") from None
     except httpx2.TransportError as error:
         raise Broken(str(error) or type(error).__name__) from error
     except httpx2.RequestError as error:

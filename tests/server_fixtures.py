@@ -7,7 +7,7 @@ import pytest
 from fake_server import FakeServer
 from retrain import http as retrain_http
 from retrain.config import InferenceConfig
-from retrain.inference import Serving, open_engine, session
+from retrain.inference import Serving, fleet, open_engine, replicas, session
 from server_rig import TEMPERATURE
 
 
@@ -16,6 +16,9 @@ def impatient(monkeypatch):
     """Delays and polls a hundredth of what they are."""
     monkeypatch.setattr(retrain_http, "FIRST_DELAY_SECONDS", 0.01)
     monkeypatch.setattr(session, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(session, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(fleet, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(replicas, "TICK_SECONDS", 0.05)
 
 
 @pytest.fixture

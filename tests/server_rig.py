@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 
 import tiny_models as models
@@ -41,3 +46,37 @@ def expected_tokens(fake, adapter, prompts=PROMPTS, streams=STREAMS, *, max_toke
         for prompt, group in zip(prompts, streams, strict=True)
         for stream in group
     ]
+
+
+def dies_at(fake, count, path="/v1/completions"):
+    """Kill the server when its `count`-th request to this path comes, from now on; that one is not answered."""
+    came = itertools.count(1)
+
+    def fault(request):
+        if request.path == path and next(came) == count:
+            threading.Thread(target=fake.stop).start()
+            return "stall"
+        return None
+
+    fake.fault = fault
+
+
+def revive(fake):
+    """Start a killed server again, without faults."""
+    fake.fault = lambda request: None
+    fake.restart()
+
+
+def in_thread(work):
+    """Run `work` in a thread; the function that is returned waits for its result."""
+    pool = ThreadPoolExecutor(1)
+    result = pool.submit(work)
+    pool.shutdown(wait=False)
+    return lambda: result.result(60)
+
+
+def wait_for(condition, what, seconds=15):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not come"
+        time.sleep(0.01)

@@ -65,10 +65,10 @@ class Unreproducible(Exception):
 
 @dataclass(frozen=True)
 class Scoring:
-    """How given tokens are scored: ask(adapter, ids) and read(answer, ids) -> log-probs of ids[1:] at temperature 1,
-    computed without the prefix cache."""
+    """How given tokens are scored: ask(adapter, model, ids), where model is the base's name on that server, and
+    read(answer, ids) -> log-probs of ids[1:] at temperature 1, computed without the prefix cache."""
 
-    ask: Callable[[Adapter, list[int]], Call]
+    ask: Callable[[Adapter | None, str, list[int]], Call]
     read: Callable[[Any, list[int]], list[float]]
 
 
@@ -243,8 +243,9 @@ def _unload_vllm(adapter: Adapter) -> Call:
     return Call("/v1/unload_lora_adapter", {"lora_name": adapter.name}, json=False)
 
 
-def _score_vllm(adapter: Adapter, ids: list[int]) -> Call:
-    body = {"model": adapter.name, "prompt": ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
+def _score_vllm(adapter: Adapter | None, model: str, ids: list[int]) -> Call:
+    name = adapter.name if adapter else model
+    body = {"model": name, "prompt": ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
     return Call("/v1/completions", body)
 
 
@@ -300,7 +301,7 @@ def _unload_sglang(adapter: Adapter) -> Call:
     return Call("/unload_lora_adapter", {"lora_name": adapter.name})
 
 
-def _score_sglang(adapter: Adapter, ids: list[int]) -> Call:
+def _score_sglang(adapter: Adapter | None, model: str, ids: list[int]) -> Call:
     return _sglang_call(ids, adapter, {"max_new_tokens": 1, "temperature": 1.0}, 0)
 
 

@@ -162,3 +162,17 @@ def sample_complaint(
         f"{claim.format}. Either a prefix cache has outlived the adapter it was computed with, or its sampler changes "
         f"the distribution ({claim.enable_temperature}), or it computes in another number format ({claim.same_dtype})"
     )
+
+
+def return_complaint(
+    server: str, version: int, got: Sequence[float] | np.ndarray, expected: np.ndarray, tolerance: float
+) -> str | None:
+    """Why a server that was away cannot be the one that it was; None where its log-probs are those expected."""
+    distance = gap(got, expected)
+    if distance <= tolerance:
+        return None
+    return (
+        f"{server} was restarted and is another server now: with policy version {version} its log-probabilities of a "
+        f"fixed text differ from the trainer's by up to {distance:.2g} nats. Start it with the same model and options, "
+        "and resume the run"
+    )

@@ -1,21 +1,23 @@
-"""One call's conversation with the servers: attempts, outages, and the adapter that a restarted server has lost."""
+"""One call's conversation with the servers: attempts, outages, and the adapters that a restarted server has lost."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 import httpx2
 
-from retrain.http import BadAnswer, Broken, Busy, Call, Failure, Refused, delay_before, send
+from retrain.http import BadAnswer, Broken, Busy, Call, Failure, Late, Refused, delay_before, send
 from retrain.inference import ServerLost
 from retrain.inference.checks import check_logprobs, check_sample
 from retrain.inference.dialects import Adapter, Ask, Dialect, Sample, Scoring, Unreproducible, as_list, at
+from retrain.inference.fleet import Fleet, Server, Version
 from retrain.types import RetrainError
 
 T = TypeVar("T")
@@ -23,26 +25,26 @@ T = TypeVar("T")
 POLL_SECONDS = 0.5
 ONCE_SECONDS = 5.0
 REMIND_SECONDS = 30.0
+# How long a server that has gone is waited for where there are others.
+PATIENCE_SECONDS = 3.0
+LOCK_SECONDS = 0.02
 
 
 class NotLoaded(Exception):
     """The server is there and does not take the adapter: its reason."""
 
 
-@dataclass
-class Server:
-    """model: the base model's name there. context: its longest sequence in tokens, None where it does not say.
-    outstanding: tokens at most that it still owes."""
-
-    url: str
-    model: str = ""
-    context: int | None = None
-    outstanding: int = 0
+class Gone(Exception):
+    """The server was dropped: ask another. As a message, why, as it would be told if there were none."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """On which the servers are spoken to, the same for a whole run. tokenizer, vocab_size: the trainer's."""
+    """On which the servers are spoken to, the same for a whole run. tokenizer, vocab_size: the trainer's.
+
+    prove(session, server, version): raises RetrainError where a server that was away does not serve the version, a
+    Failure where it does not answer.
+    """
 
     dialect: Dialect
     tokenizer: Any
@@ -50,59 +52,43 @@ class Terms:
     timeout_s: float
     retries: int
     say: Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Recheck:
-    """What a restarted server has to show: `judge` gets its log-probs of ids[1:], and raises where they are wrong."""
-
-    ids: list[int]
-    judge: Callable[[Server, list[float]], None]
+    prove: Callable[[Session, Server, Version], Awaitable[None]]
 
 
 class Session:
-    """Lives on one event loop, for one call of the engine. adapter: what every server is to serve, None for the base.
+    """Lives on one event loop, for one call of the engine.
 
     Each request is one awaited call, which returns one answer or raises: nothing is lost, and nothing comes twice.
-    recheck: of a server that was restarted, before anything else is asked of it.
     """
 
-    def __init__(
-        self,
-        client: httpx2.AsyncClient,
-        terms: Terms,
-        adapter: Adapter | None,
-        recheck: Recheck | None = None,
-    ) -> None:
-        self.client, self.terms, self.adapter, self.recheck = client, terms, adapter, recheck
+    def __init__(self, client: httpx2.AsyncClient, terms: Terms, fleet: Fleet) -> None:
+        self.client, self.terms, self.fleet = client, terms, fleet
         self._slots: dict[str, asyncio.Semaphore] = {}
-        self._restoring: dict[str, asyncio.Lock] = {}
-        self._restored: dict[str, int] = {}  # how often each server was brought back
-        self._given_up: dict[str, ServerLost] = {}
+        self._asking: dict[str, set[asyncio.Timeout]] = {server.url: set() for server in fleet.servers}
 
     async def sample(self, server: Server, ask: Ask) -> Sample | None:
         """One completion; None where the server's text does not tell its tokens. Raises as `ask` does."""
-
-        def read(answer: Any) -> Sample:
-            sample = self.terms.dialect.read(answer, ask, self.terms.tokenizer)
-            check_sample(sample, ask, self.terms.vocab_size)
-            return sample
-
         try:
-            return await self.ask(server, self.terms.dialect.ask(ask, server.model), read)
+            return await self.ask(server, self.terms.dialect.ask(ask, server.model), partial(self.read_sample, ask))
         except Unreproducible:
             return None
 
-    async def score(self, server: Server, ids: list[int]) -> list[float] | None:
+    def read_sample(self, ask: Ask, answer: Any) -> Sample:
+        """Raises BadAnswer, Unreproducible."""
+        sample = self.terms.dialect.read(answer, ask, self.terms.tokenizer)
+        check_sample(sample, ask, self.terms.vocab_size)
+        return sample
+
+    async def score(self, server: Server, adapter: Adapter | None, ids: list[int]) -> list[float] | None:
         """Log-probs of ids[1:] under the adapter; None where the server cannot tell. Raises as `ask` does."""
         scoring = self.terms.dialect.scoring
         if scoring is None:
             return None
-        assert self.adapter is not None
-        return await self.ask(server, scoring.ask(self.adapter, ids), partial(read_scores, scoring, ids))
+        return await self.ask(server, scoring.ask(adapter, server.model, ids), partial(read_scores, scoring, ids))
 
     async def ask(self, server: Server, call: Call, read: Callable[[Any], T]) -> T:
-        """What `read` makes of the answer. Raises ServerLost when every attempt failed, RetrainError when refused.
+        """What `read` makes of the answer. Raises Gone when every attempt failed and there are other servers,
+        ServerLost when there are none, RetrainError when refused.
 
         An attempt whose answer was lost is made again as it was, seed included, and only then: `read` sees each answer
         that arrives, and one result leaves.
@@ -112,17 +98,35 @@ class Session:
         async def attempt() -> T:
             async with slot:
                 try:
-                    return read(await self._send(server, call))
+                    return read(await self.send(server, call))
                 except Refused as refusal:
-                    if await self._has_lost_adapter(server):
+                    if await self._lost(server):
                         raise Broken("it was restarted and has lost the adapter") from None
                     raise RetrainError(f"inference.url: {server.url} refuses a request: {refusal}") from refusal
 
-        return await self._persist(server, attempt)
+        asking, scope = self._asking[server.url], asyncio.timeout(None)
+        try:
+            async with scope:
+                asking.add(scope)
+                return await self._persist(server, attempt)
+        except TimeoutError:
+            raise Gone(f"inference.url: {server.url} was dropped") from None
+        finally:
+            asking.discard(scope)
+
+    def hang_up(self, server: Server) -> None:
+        """End what was asked of a server that has been dropped: each of these calls raises Gone."""
+        asking = self._asking[server.url]
+        while asking:
+            asking.pop().reschedule(0)
 
     async def once(self, server: Server, call: Call) -> Any:
         """The answer to one short attempt. Raises a Failure."""
         return await send(self.client, server.url, call, timeout_s=ONCE_SECONDS)
+
+    async def send(self, server: Server, call: Call) -> Any:
+        """The answer to one attempt. Raises a Failure."""
+        return await send(self.client, server.url, call, timeout_s=self.terms.timeout_s)
 
     async def is_healthy(self, server: Server) -> None:
         """Raises a Failure where it is not."""
@@ -135,22 +139,36 @@ class Session:
             at(entry, "id")
         return entries
 
-    async def load(self, server: Server) -> None:
-        """Make the server serve the adapter. Raises ServerLost, or NotLoaded with the server's reason."""
+    async def load(self, server: Server, version: Version) -> None:
+        """Make the server serve the version. Raises Gone, ServerLost, or NotLoaded with the server's reason."""
+        attempts = 0
 
         async def attempt() -> None:
+            nonlocal attempts
+            attempts += 1
             try:
-                await self._load(server)
-            except Refused as refusal:
-                # A network folder may show there a little later what was written here.
-                raise Busy(str(refusal)) from refusal
+                await self._load(server, version)
+            except (Refused, Busy) as failure:
+                # Servers refuse an adapter with a 500, too; one that is not well is not meant.
+                if attempts > self.terms.retries and await self._is_well(server):
+                    raise NotLoaded(str(failure)) from failure
+                # Also when refused: a network folder may show there a little later what was written here.
+                raise failure if isinstance(failure, Busy) else Busy(str(failure)) from failure
 
+        await self._persist(server, attempt)
+        server.has.add(version.name)
+
+    async def give(self, server: Server, version: Version) -> None:
+        """Load a version on a server that lost it, and have it proven, in one attempt. One that is withdrawn meanwhile
+        is left. Raises a Failure, RetrainError."""
         try:
-            await self._persist(server, attempt)
-        except ServerLost as lost:
-            if isinstance(lost.__cause__, Busy):
-                raise NotLoaded(str(lost.__cause__)) from lost
-            raise
+            await self._load(server, version)
+            await self.terms.prove(self, server, version)
+        except Refused:
+            if self.fleet.expects(version):
+                raise
+        else:
+            server.has.add(version.name)
 
     async def unload(self, server: Server, adapter: Adapter) -> None:
         """Drop an adapter, if the server still has it. One attempt: what stays behind does no harm."""
@@ -158,54 +176,61 @@ class Session:
             with suppress(Failure):
                 await self.once(server, self.terms.dialect.unload(adapter))
 
-    async def _send(self, server: Server, call: Call) -> Any:
-        return await send(self.client, server.url, call, timeout_s=self.terms.timeout_s)
+    async def _load(self, server: Server, version: Version) -> None:
+        if version.adapter is not None and self.terms.dialect.load is not None:
+            *preparing, loading = self.terms.dialect.load(version.adapter)
+            async with held(server.loading):
+                for call in preparing:
+                    with suppress(Refused):  # there was nothing to prepare
+                        await self.send(server, call)
+                await self.send(server, loading)
+
+    # ---- outages ----------------------------------------------------------------------------------------------------
 
     async def _persist(self, server: Server, work: Callable[[], Awaitable[T]]) -> T:
         attempt = 0
         while True:
-            life = self._restored.get(server.url, 0)
+            life = server.life
             try:
                 return await work()
             except (Broken, Busy, BadAnswer) as failure:
-                if attempt == self.terms.retries:
-                    raise self._lost(server, failure) from failure
+                # What had a whole time-out to answer has had its chance, where there are others.
+                late = isinstance(failure, Late) and not self.fleet.is_last(server)
+                if late or attempt == self.terms.retries:
+                    raise self._given_up(server, life, failure) from failure
                 if isinstance(failure, Broken):
                     await self._restore(server, life, failure)
                 await asyncio.sleep(delay_before(attempt, failure, longest_s=self.terms.timeout_s))
             attempt += 1
 
-    async def _load(self, server: Server) -> None:
-        assert self.adapter is not None and self.terms.dialect.load is not None
-        *preparing, loading = self.terms.dialect.load(self.adapter)
-        for call in preparing:
-            with suppress(Refused):  # there was nothing to prepare
-                await self._send(server, call)
-        await self._send(server, loading)
+    async def _is_well(self, server: Server) -> bool:
+        with suppress(Failure):
+            await self.is_healthy(server)
+            return True
+        return False
 
-    async def _has_lost_adapter(self, server: Server) -> bool:
-        if self.adapter is None or not self.terms.dialect.listed:
-            return False
-        return self.adapter.name not in [entry["id"] for entry in await self.models(server)]
+    async def _lost(self, server: Server) -> list[Version]:
+        """The versions that the server was given and does not list. Raises a Failure."""
+        if not self.terms.dialect.listed or not server.has:
+            return []
+        return self.fleet.missing(server, [entry["id"] for entry in await self.models(server)])
 
     async def _restore(self, server: Server, life: int, failure: Failure) -> None:
-        """Return when the server answers again and has the adapter.
+        """Return when the server answers again and has its adapters. Raises Gone, ServerLost.
 
-        life: how often it had been brought back when the failed request was sent; requests that fail together wait for
-        one restoration.
+        life: the one in which the request that failed was sent; requests that fail together wait for one restoration.
         """
-        async with self._restoring.setdefault(server.url, asyncio.Lock()):
-            if server.url in self._given_up:
-                raise self._given_up[server.url]
-            if self._restored.get(server.url, 0) == life:
-                try:
-                    await self._wait(server, failure)
-                except ServerLost as lost:
-                    self._given_up[server.url] = lost
-                    raise
-                self._restored[server.url] = life + 1
+        vain = server.lost
+        async with held(server.restoring):
+            if server.lost != vain:
+                raise self._given_up(server, life, failure)
+            if server.life == life:
+                await self._wait(server, life, failure)
+                self.fleet.restored(server)
+            elif not server.alive:
+                raise Gone(self._message(server, failure))
 
-    async def _wait(self, server: Server, failure: Failure) -> None:
+    async def _wait(self, server: Server, life: int, failure: Failure) -> None:
         began, reminded = time.monotonic(), None
         while True:
             try:
@@ -216,9 +241,12 @@ class Session:
             except Refused as refusal:
                 raise RetrainError(f"{server.url} was restarted, and is not as it was: {refusal}") from refusal
             waited = time.monotonic() - began
+            if waited > min(PATIENCE_SECONDS, self.terms.timeout_s) and self.fleet.drop(server, life, str(failure)):
+                raise Gone(self._message(server, failure))
             if waited > self.terms.timeout_s:
-                raise self._lost(server, failure)
-            if reminded is None or waited - reminded > REMIND_SECONDS:
+                server.lost += 1
+                raise ServerLost(self._message(server, failure))
+            if self.fleet.is_last(server) and (reminded is None or waited - reminded > REMIND_SECONDS):
                 left = self.terms.timeout_s - waited
                 self.terms.say(f"{server.url} does not answer ({failure}): waiting for it, {left:.0f} s at most")
                 reminded = waited
@@ -227,28 +255,35 @@ class Session:
     async def _revive(self, server: Server, *, was_away: bool) -> None:
         """Raises a Failure while the server is away."""
         await self.is_healthy(server)
-        if await self._has_lost_adapter(server):
-            await self._load(server)
-            await self._recheck(server)
+        lost = await self._lost(server)
+        for version in lost:
+            await self.give(server, version)
+        if lost:
             self.terms.say(f"{server.url} was restarted: the adapter is loaded again")
         elif was_away:
             self.terms.say(f"{server.url} answers again")
 
-    async def _recheck(self, server: Server) -> None:
-        scoring = self.terms.dialect.scoring
-        if self.recheck is None or scoring is None:
-            return
-        assert self.adapter is not None
-        # Without `ask`, which would wait for this very restoration when the server goes away again.
-        answer = await self._send(server, scoring.ask(self.adapter, self.recheck.ids))
-        self.recheck.judge(server, read_scores(scoring, self.recheck.ids, answer))
+    def _given_up(self, server: Server, life: int, failure: Failure) -> Gone | ServerLost:
+        message = self._message(server, failure)
+        return Gone(message) if self.fleet.drop(server, life, str(failure)) else ServerLost(message)
 
-    def _lost(self, server: Server, failure: Failure) -> ServerLost:
+    def _message(self, server: Server, failure: Failure) -> str:
         what = "gives no usable answer" if isinstance(failure, BadAnswer) else "does not answer"
-        return ServerLost(
+        return (
             f"inference.url: {server.url} {what}: {failure} (inference.request_timeout_s = {self.terms.timeout_s:g}, "
             f"retries = {self.terms.retries}). Look at its log, start it again, and resume the run"
         )
+
+
+@asynccontextmanager
+async def held(lock: threading.Lock) -> AsyncIterator[None]:
+    """A lock between event loops, each in a thread of its own: neither stands still while it waits."""
+    while not lock.acquire(blocking=False):
+        await asyncio.sleep(LOCK_SECONDS)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_scores(scoring: Scoring, ids: list[int], answer: Any) -> list[float]:

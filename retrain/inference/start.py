@@ -7,40 +7,46 @@ from retrain.http import Broken, Call, Failure, Refused
 from retrain.inference import Serving
 from retrain.inference.checks import choose_model
 from retrain.inference.dialects import Ask, Sample, as_list
+from retrain.inference.fleet import Server
 from retrain.inference.probe import TOKENIZER_TEXT
-from retrain.inference.session import Server, Session
+from retrain.inference.session import Session
 from retrain.types import ConfigError, RetrainError
 
 
-async def look_at(session: Session, url: str, greeting: Ask, serving: Serving) -> tuple[Server, Sample | None]:
-    """The server at `url`, once it fits the config, and what it made of `greeting`, a request to the base model; None
-    where its text does not tell the tokens.
+async def look_at(session: Session, server: Server, greeting: Ask, serving: Serving) -> Sample | None:
+    """What the server, once it fits the config, made of `greeting`, a request to the base model; None where its text
+    does not tell the tokens.
 
     Raises ConfigError, with the remedy, where it does not.
     """
-    server = Server(url)
     try:
-        await session.is_healthy(server)
-        models = [] if session.terms.dialect.by_name else await session.models(server)
+        await identify(session, server, serving)
     except Failure as failure:
+        engine = session.terms.dialect.engine
         raise ConfigError(
-            f'inference.url: {url} does not answer as a "{session.terms.dialect.engine}" server does: {failure}. Start '
-            "it (`retrain serve CONFIG` does), or correct inference.url or inference.engine"
+            f'inference.url: {server.url} does not answer as a "{engine}" server does: {failure}. '
+            "Start it (`retrain serve CONFIG` does), or correct inference.url or inference.engine"
         ) from failure
+    sample = await _greet(session, server, greeting)
+    context = "" if server.context is None else f", with a context of {server.context} tokens"
+    serving.say(f"{server.url} serves {server.model}{context}")
+    return sample
+
+
+async def identify(session: Session, server: Server, serving: Serving) -> None:
+    """Find the server's model and context. Raises a Failure where it does not answer, ConfigError where it does not fit
+    the config."""
+    await session.is_healthy(server)
     if session.terms.dialect.by_name:
         server.model = resolve_model(serving.model)
     else:
-        server.model, server.context = choose_model(url, serving.model, models)
+        server.model, server.context = choose_model(server.url, serving.model, await session.models(server))
     if server.context is not None and server.context <= serving.max_tokens:
         raise ConfigError(
-            f"{url}: its context of {server.context} tokens has no room for a prompt and training.max_tokens = "
+            f"{server.url}: its context of {server.context} tokens has no room for a prompt and training.max_tokens = "
             f"{serving.max_tokens}. Start it with a longer one, or lower training.max_tokens"
         )
     await _compare_tokenizers(session, server, serving)
-    sample = await _greet(session, server, greeting)
-    context = "" if server.context is None else f", with a context of {server.context} tokens"
-    serving.say(f"{url} serves {server.model}{context}")
-    return server, sample
 
 
 async def _compare_tokenizers(session: Session, server: Server, serving: Serving) -> None:
@@ -52,8 +58,6 @@ async def _compare_tokenizers(session: Session, server: Server, serving: Serving
         theirs = as_list(await session.once(server, Call(path, body)), "tokens")
     except Refused:
         return  # an older server does not offer it; the log-probs of the first publication have to do
-    except Failure as failure:
-        raise ConfigError(f"{server.url}: its tokenizer cannot be compared: {failure}") from failure
     if theirs != list(session.terms.tokenizer(TOKENIZER_TEXT, add_special_tokens=False)["input_ids"]):
         raise ConfigError(
             f"{server.url} has another tokenizer than model.model = {serving.model}; it calls its model "

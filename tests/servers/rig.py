@@ -69,8 +69,8 @@ class Background:
 
 
 @contextmanager
-def serving(config, log, program):
-    server = Background(log, "serve", config, "--program", program)
+def serving(config, log, program, *flags):
+    server = Background(log, "serve", config, "--program", program, *flags)
     try:
         wait_for(lambda: server.said("is ready at"), START_SECONDS, "the server")
         yield server
