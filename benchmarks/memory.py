@@ -40,7 +40,7 @@ class Case:
 
 
 def _tiny(**training: Any) -> Case:
-    values = {"model.model": ENDLESS, "training.max_prompt_tokens": 16}
+    values = {"model.model": ENDLESS, "training.max_prompt_tokens": 13}
     return Case("configs/quickstart.toml", values | {f"training.{key}": value for key, value in training.items()})
 
 

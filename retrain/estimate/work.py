@@ -10,7 +10,7 @@ from retrain.config import Config
 # Length of a prompt where the config sets no cap: the true one is known only when the data is read. Those of the
 # built-in sums are short: 13 tokens on builtin:tiny, and in words 49 on SmolLM2.
 PROMPT_TOKENS = 256
-SHORT_PROMPTS = {"arithmetic": 16, "arithmetic:words": 64}
+SHORT_PROMPTS = {"arithmetic": 13, "arithmetic:words": 64}
 # What a token costs apart from attention: see retrain.backend.packing, which decides by it how many completions share a
 # row.
 TOKEN_COST = 2500
