@@ -192,12 +192,13 @@ def test_activations_are_what_autograd_saves(dtype: str, checkpointing: bool) ->
     rows = work.Rows(*micro.tokens_RS.shape, trained=len(micro.targets_N), shared=micro.mask is not None)
     arguments = {"item": 4 if dtype == "fp32" else 2, "rank": 16, "targets": shape.linears, "dropout": False}
     whole = activations(shape, rows, checkpointing=False, **arguments)
+    last = rows.tokens * shape.hidden * 4  # what the last norm reads, in float32: the estimate's hidden states
     if checkpointing:  # nothing but the inputs of the blocks is there after the forward pass
         inputs = rows.tokens * shape.layers * shape.hidden * arguments["item"]
-        assert sum(saved.values()) == pytest.approx(inputs, rel=0.35)
+        assert sum(saved.values()) == pytest.approx(inputs + last, rel=0.05)
         assert activations(shape, rows, checkpointing=True, **arguments) < whole
     else:
-        assert sum(saved.values()) == pytest.approx(whole, rel=0.08)
+        assert sum(saved.values()) == pytest.approx(whole + last, rel=0.05)
 
 
 def shape_of_tiny() -> estimate.ModelShape:

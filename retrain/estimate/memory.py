@@ -248,7 +248,7 @@ def _training(place: _Place, rows: Rows) -> Phase:
     block = 2 * CPU_LOGITS_ELEMENTS * FP32 if place.cpu else GPU_LOGITS_ELEMENTS * place.item
     logits = min(block, rows.trained * shape.vocab * FP32)
     # Final hidden states of all tokens, those that are trained on, and the gradient of their log-probs.
-    states = (rows.tokens * place.item + rows.trained * (place.item + FP32)) * shape.hidden
+    states = (rows.tokens * FP32 + rows.trained * (place.item + FP32)) * shape.hidden
     again = "re" if training.gradient_checkpointing else "not re"
     parts = [
         Part("activations", needed, f"{rows.count} rows of {rows.width:,} tokens a micro-batch, {again}computed"),
