@@ -14,8 +14,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from retrain import estimate
 from retrain.cli import main
 from retrain.cli.explain import human_bytes
-from retrain.config import build
-from retrain_kernels.linear_logprob import reference
 
 SIZES: dict[str, Any] = {
     "hidden_size": 48,
@@ -59,51 +57,6 @@ def test_counts_are_those_of_the_real_model(name: str, tmp_path: Path) -> None:
         trainable = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
         wanted = targets if isinstance(targets, str) else tuple(targets)
         assert shape.lora_parameters(5, wanted) == trainable
-
-
-def test_sizes() -> None:
-    shape = estimate.ModelShape(
-        hidden=48, layers=3, heads=6, kv_heads=2, head_dim=8, intermediate=80, vocab=100_000, tied=True
-    )
-    config = build(
-        {
-            "training": {"batch_size": 2, "group_size": 4, "max_tokens": 100, "max_prompt_tokens": 20},
-            "model": {"lora_rank": 4},
-            "backend": {"devices": "cpu"},
-        }
-    )
-    adapter = 3 * 4 * (4 * 48 + 2 * (48 + 16) + 3 * (48 + 80))
-    by_name = {size.name: size for size in estimate.sizes(config, shape)}
-    assert by_name["base weights"].bytes == shape.parameters * 4
-    assert by_name["LoRA weights"].bytes == by_name["LoRA gradients"].bytes == adapter * 4
-    assert by_name["Adam state"].bytes == adapter * 8
-    assert by_name["KV cache"].bytes == 2 * 3 * 2 * 8 * (8 * 120) * 4
-    assert by_name["logits [N, V]"].bytes == 800 * 100_000 * 4
-    assert [size.name for size in estimate.sizes(config, shape) if not size.allocated] == ["logits [N, V]"]
-    assert estimate.tokens_per_step(config) == {
-        "prompts": 2,
-        "completions": 8,
-        "prompt_tokens": 40,
-        "completion_tokens": 800,
-    }
-    on_gpu = estimate.sizes(build({}, {"backend.devices": "gpu:0"}), shape)
-    assert on_gpu[0].bytes == shape.parameters * 2
-
-
-def test_recomputing_needs_less_memory() -> None:
-    shape = estimate.ModelShape(48, 3, 6, 2, 8, 80, 100, True)
-
-    def activations(checkpointing: bool) -> int:
-        config = build({"training": {"gradient_checkpointing": checkpointing}})
-        return next(size.bytes for size in estimate.sizes(config, shape) if size.name == "activations")
-
-    assert activations(True) < activations(False)
-
-
-def test_the_logits_block_is_the_kernels() -> None:
-    assert estimate.CPU_LOGITS_ELEMENTS == reference.CHUNK_ELEMENTS
-    kernel = pytest.importorskip("retrain_kernels.linear_logprob.kernel", exc_type=ImportError)
-    assert estimate.GPU_LOGITS_ELEMENTS == kernel.CHUNK_ELEMENTS
 
 
 @pytest.mark.parametrize("text", ["not json", "[1]", '{"model_type": "gpt2", "n_embd": 8}'])
@@ -180,6 +133,11 @@ def test_facts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["runs"] == []
     assert facts["tokens_per_step"]["completion_tokens"] == 3 * 16 * 2048
     assert {size["name"] for size in facts["sizes"]} >= {"base weights", "KV cache", "Adam state", "logits [N, V]"}
+    (process,) = facts["processes"]
+    assert facts["peak_bytes"] == process["peak_bytes"]
+    assert [phase["name"] for phase in process["phases"]] == ["sampling", "publishing", "training"]
+    parts = [part["bytes"] for part in process["kept"]]
+    assert process["peak_bytes"] == sum(parts) + max(phase["bytes"] for phase in process["phases"])
 
 
 def test_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,6 +150,30 @@ def test_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "hicra.alpha = 0.3: no effect" in text
     assert "(never allocated)" in text
     assert "\x1b[" not in text
+
+
+def test_memory_per_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path, CONFIG)
+    one, four = (explain(path, capsys, "--nproc", n)["processes"][0] for n in ("1", "4"))
+    assert (one["count"], four["count"]) == (1, 4)
+    assert four["kept_bytes"] == one["kept_bytes"]
+    assert four["phases"][0]["bytes"] < one["phases"][0]["bytes"], "completions are shared out"
+    assert main(["explain", str(path), "--nproc", "4"]) == 0
+    assert "  each of 4 processes on gpu:0: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])
+def test_a_wrong_number_of_processes_is_exit_2(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", str(written(tmp_path, CONFIG)), f"--nproc={text}"]) == 2
+    assert capsys.readouterr().err == f"error: --nproc {text}: must be a number of processes, 1 or more\n"
+
+
+def test_split_mode_shows_both_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path, CONFIG)
+    facts = explain(path, capsys, "--devices", "gpu:0,gpu:1")
+    assert [(one["name"], one["device"]) for one in facts["processes"]] == [("sampler", "gpu:0"), ("trainer", "gpu:1")]
+    assert main(["explain", str(path), "--devices", "gpu:0,gpu:1", "--nproc", "2"]) == 2
+    assert "name one device" in capsys.readouterr().err
 
 
 def test_campaign(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

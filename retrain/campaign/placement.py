@@ -11,8 +11,8 @@ from retrain import estimate
 if TYPE_CHECKING:
     from retrain.config import Config, Run
 
-# A training process before its model: measured 0.78 GB resident on Linux with torch 2.13 (CPU).
-PROCESS_BYTES = 1 << 30
+# Where the model's sizes are not known.
+UNKNOWN_BYTES = 1 << 30
 # One on a GPU holds the weights on the host while it loads them, and CUDA's own libraries.
 GPU_PROCESS_BYTES = 4 << 30
 
@@ -60,17 +60,17 @@ def threads(config: Config, count: int) -> int:
 
 
 def run_bytes(matrix: tuple[Run, ...]) -> int:
-    """Host memory of the largest run: the process, and on a CPU what it computes with."""
+    """Host memory of the largest run."""
     return max(_run_bytes(run.config) for run in matrix)
 
 
 def _run_bytes(config: Config) -> int:
-    found = estimate.find_model_config(config.model.model)
-    shape = estimate.shape_of(found) if found else None
-    sizes = estimate.sizes(config, shape) if shape else []
-    if config.backend.devices != "cpu":
-        return GPU_PROCESS_BYTES
-    return PROCESS_BYTES + sum(size.bytes for size in sizes if size.allocated)
+    model_config = estimate.find_model_config(config.model.model)
+    shape = estimate.shape_of(model_config) if model_config else None
+    if shape is None or config.backend.backend != "local":
+        return GPU_PROCESS_BYTES if config.backend.devices != "cpu" else UNKNOWN_BYTES
+    found = estimate.processes(config, shape, one_device=True)
+    return sum(process.peak_bytes if process.device == "cpu" else GPU_PROCESS_BYTES for process in found)
 
 
 def usable_cores() -> int:

@@ -71,9 +71,9 @@ COMMANDS = {
         ),
         Command(
             "explain",
-            "CONFIG.toml [--flag value ...] [--json]",
-            "Dry run: the resolved config, what has no effect, the runs of a campaign, sizes. Loads no model.",
-            (JSON,),
+            "CONFIG.toml [--nproc N] [--flag value ...] [--json]",
+            "Dry run: the resolved config, what has no effect, the runs of a campaign, memory. Loads no model.",
+            (Option("--nproc", "Memory where so many processes train together, each on a device.", "N"), JSON),
         ),
         Command(
             "status",

@@ -26,6 +26,7 @@ from retrain.config import (
     without_effect_in_campaign,
 )
 from retrain.config.show import show, show_key
+from retrain.types import ConfigError
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -46,6 +47,9 @@ def explain(config: Config, parsed: Parsed) -> dict[str, Any]:
     missing = not_available(config, matrix)
     model_config = estimate.find_model_config(config.model.model)
     shape = estimate.shape_of(model_config) if model_config is not None else None
+    nproc = nproc_of(config, parsed)
+    one_device = config.campaign is not None  # which gives each of its runs one of those it names
+    found = None if shape is None else estimate.processes(config, shape, nproc, one_device=one_device)
     return {
         "file": parsed.config_path or DEFAULT_PATH,
         "kind": run_kind(config),
@@ -65,8 +69,46 @@ def explain(config: Config, parsed: Parsed) -> dict[str, Any]:
         ],
         "tokens_per_step": estimate.tokens_per_step(config),
         "model": _model_line(config, model_config, shape),
-        "sizes": [asdict(size) for size in estimate.sizes(config, shape)] if shape is not None else None,
+        "peak_bytes": max((process.peak_bytes for process in found), default=0) if found is not None else None,
+        "processes": None if found is None else [_memory(process) for process in found],
+        "sizes": None if shape is None or found is None else _sizes(config, shape, found),
     }
+
+
+def nproc_of(config: Config, parsed: Parsed) -> int:
+    """The number of `--nproc`, 1 without it. Raises ConfigError where it is none, or devices name several."""
+    text = parsed.options["nproc"]
+    if text is None:
+        return 1
+    if not (text.isdecimal() and int(text) >= 1):
+        raise ConfigError(f"--nproc {text}: must be a number of processes, 1 or more")
+    if "," in config.backend.devices and int(text) > 1:
+        raise ConfigError(f'--nproc {text}: name one device (now backend.devices = "{config.backend.devices}")')
+    return int(text)
+
+
+def _memory(process: estimate.Process) -> dict[str, Any]:
+    phases = [{"name": p.name, "bytes": p.bytes, "parts": [asdict(part) for part in p.parts]} for p in process.phases]
+    return {
+        "name": process.name,
+        "device": process.device,
+        "count": process.count,
+        "peak_bytes": process.peak_bytes,
+        "peak_phase": process.peak_phase.name,
+        "kept_bytes": process.kept_bytes,
+        "kept": [asdict(part) for part in process.kept],
+        "phases": phases,
+    }
+
+
+def _sizes(config: Config, shape: estimate.ModelShape, found: list[estimate.Process]) -> list[dict[str, Any]]:
+    """The parts of all processes by name, the first of each; and what is never allocated."""
+    parts: dict[str, estimate.Part] = {}
+    for process in found:
+        for part in (*process.kept, *(part for phase in process.phases for part in phase.parts)):
+            parts.setdefault(part.name, part)
+    listed = [asdict(part) | {"allocated": True} for part in parts.values()]
+    return [*listed, asdict(estimate.largest_logits(config, shape)) | {"allocated": False}]
 
 
 def not_available(config: Config, matrix: tuple[Run, ...]) -> list[str]:
@@ -161,11 +203,31 @@ def _print_sizes(console: Console, facts: dict[str, Any]) -> None:
         f"  {step['prompts']} prompts, {step['completions']} completions, "
         f"at most {step['completion_tokens']:,} completion tokens"
     )
-    console.print("\nModel and largest tensors", style="bold")
+    console.print("\nModel and peak memory (an estimate, where lengths are what the config allows)", style="bold")
     console.print(f"  {facts['model']}")
+    for process in facts["processes"] or ():
+        _print_process(console, process)
+    if facts["processes"] == []:
+        console.print("  trained by a service: no memory of a model here")
     for size in facts["sizes"] or ():
-        note = "" if size["allocated"] else "  (never allocated)"
-        console.print(f"  {size['name']:<15} {human_bytes(size['bytes']):>10}  {size['how']}{note}")
+        if not size["allocated"]:
+            console.print(_part_line(size) + "  (never allocated)")
+
+
+def _print_process(console: Console, process: dict[str, Any]) -> None:
+    each = f"each of {process['count']} processes" if process["count"] > 1 else process["name"]
+    peak = f"{human_bytes(process['peak_bytes'])} at most, in {process['peak_phase']}"
+    console.print(f"  {each} on {process['device']}: {peak}", style="cyan")
+    for part in process["kept"]:
+        console.print(_part_line(part))
+    for phase in process["phases"]:
+        console.print(f"  {phase['name']}, beside these: {human_bytes(phase['bytes'])}")
+        for part in phase["parts"]:
+            console.print(_part_line(part))
+
+
+def _part_line(part: dict[str, Any]) -> str:
+    return f"    {part['name']:<18} {human_bytes(part['bytes']):>10}  {part['how']}"
 
 
 def human_bytes(count: float) -> str:

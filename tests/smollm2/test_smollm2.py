@@ -80,3 +80,12 @@ def test_adapter_trained(log_dir: Path) -> None:
     last = load_file(log_dir / "final" / "adapter_model.safetensors")
     assert first.keys() == last.keys()
     assert any(not torch.equal(first[name], last[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "smollm2-checkpointing"])
+def test_the_estimated_peak_is_that_of_a_real_run(name: str) -> None:
+    from benchmarks import memory
+
+    found = memory.compare(memory.CASES[name])
+    assert found["full_length"] == 1
+    assert 0.8 < found["ratio"] < 1.2, found
