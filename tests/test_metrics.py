@@ -122,7 +122,7 @@ class FakeBackend:
 
 
 class FakeEngine:
-    overlaps = False
+    overlaps, servers_alive = False, None
 
     def stage(self, version):
         self.version = version

@@ -29,6 +29,11 @@ class Engine(Protocol):
     policy_version: int
     overlaps: bool
 
+    @property
+    def servers_alive(self) -> int | None:
+        """How many servers take part; None without any."""
+        return None
+
     def generate(
         self, prompts: Sequence[np.ndarray], streams_PG: np.ndarray, *, max_tokens: int, temperature: float
     ) -> list[tuple[Completion, ...]]:

@@ -8,11 +8,13 @@ checks before the first step.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 import threading
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -77,6 +79,8 @@ class ServerEngine(Engine):
         # Of each server by its url: the reading at which its numbers last changed.
         self._scores: dict[str, Scores] = {}
         self._store: AdapterStore | None = None
+        # Of the calls under way, in whichever thread: `close` gives them up.
+        self._running: set[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any] | None]] = set()
         # What the servers may still hold, by version: a publication can end half way.
         self._held: dict[int, Adapter] = {}
         self.fleet = Fleet(parse_urls(section.url, section.engine), say)
@@ -96,7 +100,7 @@ class ServerEngine(Engine):
         return self.fleet.servers
 
     @property
-    def servers_alive(self) -> int:
+    def servers_alive(self) -> int | None:
         return len(self.fleet.alive)
 
     # ---- sampling ---------------------------------------------------------------------------------------------------
@@ -327,10 +331,15 @@ class ServerEngine(Engine):
         )
 
     def close(self) -> None:
-        """Take every adapter from the servers and from the disk. Servers that are gone are left alone."""
+        """Give up what another thread is sampling, and take every adapter from the servers and from the disk. Servers
+        that are gone are left alone."""
         if len(self.servers) > 1:
             served = ", ".join(f"{server.served} by {server.url}" for server in self.servers)
             self.serving.say(f"completions served: {served}")
+        for loop, task in tuple(self._running):
+            assert task is not None
+            with suppress(RuntimeError):  # it has ended meanwhile
+                loop.call_soon_threadsafe(task.cancel)
         self._using = self.fleet.base
         self._withdraw(tuple(self._held))
         if self._store is not None:
@@ -348,8 +357,13 @@ class ServerEngine(Engine):
 
     def _run(self, work: Callable[[Session], Coroutine[Any, Any, T]]) -> T:
         async def main() -> T:
-            async with open_client(os.environ.get(self.dialect.key_variable, "")) as client:
-                return await work(Session(client, self._terms, self.fleet))
+            running = (asyncio.get_running_loop(), asyncio.current_task())
+            self._running.add(running)
+            try:
+                async with open_client(os.environ.get(self.dialect.key_variable, "")) as client:
+                    return await work(Session(client, self._terms, self.fleet))
+            finally:
+                self._running.discard(running)
 
         return run(main)
 

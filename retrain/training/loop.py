@@ -28,7 +28,7 @@ from retrain.training.metrics import (
     step_metrics,
     summarize,
 )
-from retrain.training.pipeline import Pipeline
+from retrain.training.pipeline import Pipeline, Sampled
 from retrain.training.squeezing import squeeze_if_due
 from retrain.training.start import beside, resume_hint
 from retrain.training.stopwatch import Stopwatch
@@ -110,7 +110,7 @@ def run_steps(run: Run) -> None:
         with run.interrupts.anywhere():
             sampled = run.pipeline.take(state.step, state.policy_version, batch_size, watch)
         got = sampled.batch
-        others = {"sampler_version": sampled.version, "staleness": state.policy_version - sampled.version}
+        others = _origin(run, sampled)
         summary = summarize(got.sampled)
         sepa_lambda = run.sepa.value(state.step, summary.correct_rate)
         credited = credit(
@@ -128,6 +128,15 @@ def run_steps(run: Run) -> None:
         _record(run, got, summary, credited, learned, watch, others)
         if state.step % run.config.training.save_every == 0:
             save(run)
+
+
+def _origin(run: Run, sampled: Sampled) -> dict[str, Any]:
+    """Where a batch came from. Figures for the metrics."""
+    return {
+        "sampler_version": sampled.version,
+        "staleness": run.state.policy_version - sampled.version,
+        "servers_alive": run.pipeline.engine.servers_alive,
+    }
 
 
 def _learn(run: Run, credited: Credited) -> StepResult:

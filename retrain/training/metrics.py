@@ -46,6 +46,7 @@ MEASURED = (
     "step_time_s",
     "tokens_per_s",
     "peak_memory_bytes",
+    "servers_alive",
     *BACKPRESSURE,
     *JUDGE,
     *SERVICE,

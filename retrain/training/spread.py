@@ -96,6 +96,10 @@ class EngineOfFirst(Engine):
 
         self.overlaps = world.first(open_first)
 
+    @property
+    def servers_alive(self) -> int | None:
+        return self.own.servers_alive if self.own is not None else None
+
     def generate(
         self, prompts: Sequence[np.ndarray], streams_PG: np.ndarray, *, max_tokens: int, temperature: float
     ) -> list[tuple[Completion, ...]]:
