@@ -352,7 +352,9 @@ class InferenceConfig(Section):
     engine: Literal["pytorch", "max", "vllm", "sglang", "mlx", "openai"] = Field(
         default="pytorch", description="Inference engine: in this process, or a server."
     )
-    url: str = Field(default="", description="URL of the server (engines other than `pytorch`).")
+    url: str = Field(
+        default="", description="URL of the server, or of several with commas (engines other than `pytorch`)."
+    )
     allow_http: bool = Field(
         default=False,
         description="Speak http:// with servers on other machines, judges included: prompts, completions and keys go "
