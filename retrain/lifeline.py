@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 LOOK_SECONDS = 0.05
 # What comes of a death may be told before the death itself is noticed.
@@ -60,6 +60,16 @@ class Lifeline:
     def begin(self, group: str) -> None:
         """A collective of `group` begins."""
         self.begun[group] += 1
+
+    def fail(self, group: str, error: str, status: int) -> NoReturn:
+        """This process cannot do its part of the collective of `group` that it has begun: the others wait in vain."""
+        self.begun[group] -= 1
+        if self.rank == 0:
+            self._end(error, status)
+        else:
+            self._send(self._peers[0], asdict(Goodbye(dict(self.begun), error, status)))
+            time.sleep(ECHO_SECONDS)  # the first process ends this one, and says why
+        os._exit(status)
 
     # ---- connections ------------------------------------------------------------------------------------------------
 

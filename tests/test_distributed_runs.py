@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -201,15 +200,21 @@ def test_other_commands_are_refused(base: Path, tmp_path):
     assert "retrain eval: runs as one process" in run.said
 
 
-def test_an_error_of_one_rank_alone_is_named(base: Path, tmp_path):
-    """Its copy of the data differs, as on a machine with other files."""
-    data = tmp_path / "data.jsonl"
-    rows = [{"prompt": f"What is {i}?", "answer": str(i)} for i in range(8)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    module = tmp_path / "odd_reward.py"
-    module.write_text(
-        "import os\n\ndef score(responses, references):\n"
-        "    if os.environ['RANK'] == '1':\n        raise SystemExit('no')\n    return [0.0] * len(responses)\n"
-    )
-    shutil.copy(base / "config.toml", tmp_path / "config.toml")
-    assert os.path.exists(data)
+PLUG_IN = """
+import os
+from retrain.types import RetrainError
+
+def advantages(rewards):
+    if os.environ["RANK"] == "1":
+        raise RetrainError("only here. Take care")
+    return [reward - sum(rewards) / len(rewards) for reward in rewards]
+"""
+
+
+def test_an_error_of_one_rank_alone_is_named(base: Path, tmp_path, monkeypatch):
+    (tmp_path / "plug.py").write_text(PLUG_IN)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    words = [base / "config.toml", "--log-dir", tmp_path / "log", "--advantage-mode", "plug.advantages"]
+    run = run_ranks(tmp_path / "run", 2, *words)
+    assert run.statuses[0] == 1
+    assert "rank 1: only here. Take care" in run.said

@@ -21,7 +21,9 @@ from transformers.utils import logging as transformers_logging
 
 from retrain.assets import resolve_model
 from retrain.backend.devices import resolve_device, resolve_dtype, settle_threads
+from retrain.backend.sharding import shard, whole
 from retrain.config.suggest import nearest
+from retrain.distributed import ALONE, World
 from retrain.types import ConfigError
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class Policy:
 
     lm: the transformers model with LoRA layers inside. peft: the same, as PEFT sees it.
     eos_ids: token ids that end a completion. context: longest sequence the model can take, in tokens.
+    together: the ranks that hold the base in parts, and so make every pass at the same time; alone, it is whole.
     """
 
     peft: PeftModel
@@ -42,6 +45,11 @@ class Policy:
     device: torch.device
     eos_ids: tuple[int, ...]
     context: int
+    together: World = ALONE
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.together.size > 1
 
     def hidden(self, tokens_RS: Tensor, positions_RS: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Final hidden states [R, S, D], after the last norm; `mask` is boolean [R, 1, S, S], None is causal."""
@@ -62,11 +70,14 @@ class Policy:
 
 
 def base_digest(policy: Policy) -> str:
-    """SHA-256 over every tensor of the base: equal before and after a run, or the run is not what it says."""
+    """SHA-256 over every tensor of the base: equal before and after a run, or the run is not what it says.
+
+    Where it is sharded, all ranks ask for it together.
+    """
     digest = hashlib.sha256()
     for name, parameter in policy.base_parameters():
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(whole(parameter.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -78,9 +89,11 @@ def load_policy(
     *,
     lora_seed: int,
     say: Callable[[str], None],
+    world: World = ALONE,
 ) -> Policy:
     """Load the base, freeze it and attach a fresh adapter drawn from `lora_seed` (on the CPU: same on every device).
 
+    world: the ranks that the base is sharded over, where `[backend] sharding` says so.
     Raises ConfigError for a model, tokenizer or LoRA target that cannot be used.
     """
     device = resolve_device(backend.devices, say)
@@ -99,9 +112,17 @@ def load_policy(
         peft = _attach(base, model, lora, lora_seed)
         if training.gradient_checkpointing:
             peft.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    together = world if backend.sharding == "fsdp" else ALONE
+    if together.size > 1:
+        # Before it is on the device, where it may not fit as a whole.
+        shard(peft.get_base_model(), device, together, model.model)
+        say(f"the base model is sharded over {together.size} processes")
+    elif backend.sharding == "fsdp":
+        say('backend.sharding = "fsdp": no effect with one process (docs/data-parallel.md)')
     peft.to(device)
     peft.eval()
-    policy = Policy(peft, peft.get_base_model(), tokenizer, device, eos_ids, context_of(base.config, tokenizer))
+    context = context_of(base.config, tokenizer)
+    policy = Policy(peft, peft.get_base_model(), tokenizer, device, eos_ids, context, together)
     check_head(policy, model.model)
     return policy
 
