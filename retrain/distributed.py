@@ -91,7 +91,7 @@ ALONE = World()
 
 
 class Ranks(World):
-    """Several processes. Values and errors travel over gloo, on the CPU; so do tensors there, those of GPUs over NCCL."""
+    """Several processes. Values and errors travel over gloo, on the CPU; tensors so too, between GPUs over NCCL."""
 
     def __init__(self, rank: int, size: int, lifeline: Lifeline, name: str = "main") -> None:
         import torch.distributed as dist

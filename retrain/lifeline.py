@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
 LOOK_SECONDS = 0.05
+# A machine that vanishes closes no connection: the operating system asks after so many seconds, so often.
+ALIVE_OPTIONS = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}
 # What comes of a death may be told before the death itself is noticed.
 DEATH_FIRST_SECONDS = 0.5
 ECHO_SECONDS = 5.0
@@ -103,6 +105,7 @@ class Lifeline:
     def _watch(self) -> None:
         for peer, connection in self._peers.items():
             connection.settimeout(None)
+            _keep_alive(connection)
             threading.Thread(target=self._listen, args=(peer, connection), name=f"rank {peer}", daemon=True).start()
         threading.Thread(target=self._look, name="lifeline", daemon=True).start()
 
@@ -189,6 +192,13 @@ class Lifeline:
     def _send(self, connection: socket.socket, message: dict[str, Any]) -> None:
         with suppress(OSError):
             connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in ALIVE_OPTIONS.items():
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _line(connection: socket.socket) -> bytes:

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from fake_server import FakeServer
 from rank_runs import RanksRun, run_ranks, until
+from retrain.training.folder import METRICS
 from retrain.training.metrics import MEASURED
 from runs import lines, retrain, start, unmeasured, write_config
 
@@ -207,7 +209,7 @@ from retrain.types import RetrainError
 def advantages(rewards):
     if os.environ["RANK"] == "1":
         raise RetrainError("only here. Take care")
-    return [reward - sum(rewards) / len(rewards) for reward in rewards]
+    return rewards - rewards.mean()
 """
 
 
@@ -217,4 +219,59 @@ def test_an_error_of_one_rank_alone_is_named(base: Path, tmp_path, monkeypatch):
     words = [base / "config.toml", "--log-dir", tmp_path / "log", "--advantage-mode", "plug.advantages"]
     run = run_ranks(tmp_path / "run", 2, *words)
     assert run.statuses[0] == 1
-    assert "rank 1: only here. Take care" in run.said
+    assert "error: rank 1: " in run.said
+    assert "only here. Take care" in run.said
+
+
+# ---- who samples, and a sharded base -------------------------------------------------------------------------------
+
+SQUEEZED = """
+[squeeze]
+at_steps = [2]
+to_ranks = [2]
+"""
+
+
+def test_a_sharded_run_is_that_of_one_process(base: Path, tmp_path):
+    """With a squeeze in its course, and an evaluation."""
+    config = write_config(tmp_path, tmp_path / "log", SQUEEZED, learns=True)
+    words = [config, "--max-steps", 3, *PLAIN, "--no-merged-copy", "--eval-fraction", 0.1, "--eval-every", 2]
+    words += ["--eval-examples", 3]
+    one = retrain(*words, "--log-dir", tmp_path / "one", "--sharding", "fsdp")
+    assert one.returncode == 0, one.stderr
+    assert 'backend.sharding = "fsdp": no effect with one process' in one.stdout
+    run = run_ranks(tmp_path / "run", 2, *words, "--log-dir", tmp_path / "two", "--sharding", "fsdp")
+    assert run.statuses == [0, 0], run.said
+    assert "sharded over 2 processes" in run.output(0, "stdout")
+    assert run.output(1, "stdout") == ""
+    assert_close(tmp_path / "one/final", tmp_path / "two/final")
+    a, b = (json.loads((tmp_path / name / "metadata.json").read_text()) for name in ("one", "two"))
+    assert (a["base_sha256"], a["parameters"]) == (b["base_sha256"], b["parameters"])
+    rates = [[row["eval_correct_rate"] for row in lines(tmp_path / name / METRICS)] for name in ("one", "two")]
+    assert rates[0] == rates[1]
+
+
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_servers_are_the_first_ranks(base: Path, tmp_path, model_folder, sharding):
+    fake = FakeServer(model_folder("qwen3"), "vllm")
+    try:
+        words = [base / "config.toml", "--model", model_folder("qwen3"), "--engine", "vllm", "--url", fake.url]
+        words += ["--adapter-path", tmp_path / "adapters", "--log-dir", tmp_path / "log", "--sharding", sharding]
+        words += ["--max-steps", 2, "--max-tokens", 6, *PLAIN]
+        run = run_ranks(tmp_path / "run", 2, *words)
+    finally:
+        fake.stop()
+    assert run.statuses == [0, 0], run.said
+    rows = lines(tmp_path / "log" / METRICS)
+    assert len(rows) == 2
+    assert max(row["logprob_gap_max"] or 0.0 for row in rows) < 1e-3
+    assert not list((tmp_path / "adapters").iterdir())  # one wrote them, and took them away
+
+
+def test_a_server_that_is_away_is_refused_once(base: Path, tmp_path):
+    words = [base / "config.toml", "--engine", "vllm", "--url", "http://127.0.0.1:9", "--log-dir", tmp_path / "log"]
+    run = run_ranks(tmp_path / "run", 2, *words, "--adapter-path", tmp_path / "adapters")
+    assert run.statuses == [2, 2]
+    assert run.said.count("error: ") == 1
+    assert "inference.url" in run.said
+    assert not (tmp_path / "log").exists()
