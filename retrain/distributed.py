@@ -202,7 +202,7 @@ def _join() -> tuple[Ranks, Lifeline]:
             word = secrets.token_hex(16)
             server = lifeline.listen("127.0.0.1" if host in LOOPBACK else "")
             store.set("lifeline", f"{server.getsockname()[1]} {word}")
-            lifeline.accept(server, word)
+            lifeline.accept(server, word, seconds=MEETING.total_seconds())
         else:
             port, word = store.get("lifeline").decode().split()
             lifeline.connect((host, int(port)), word)

@@ -79,9 +79,9 @@ class Lifeline:
         """Of the first process: where the others connect to; `accept` takes them."""
         return socket.create_server((host, 0), backlog=self.size)
 
-    def accept(self, server: socket.socket, word: str) -> None:
-        """Wait for all others. Raises TimeoutError where one does not come."""
-        server.settimeout(HELLO_SECONDS)
+    def accept(self, server: socket.socket, word: str, *, seconds: float) -> None:
+        """Wait for all others. Raises TimeoutError where one does not come for so long."""
+        server.settimeout(seconds)
         with server:
             while len(self._peers) < self.size - 1:
                 connection, _ = server.accept()
