@@ -249,7 +249,7 @@ def test_servers_are_the_first_ranks(config: Path, tmp_path, model_folder, shard
     fake = FakeServer(model_folder("qwen3"), "vllm")
     try:
         words = [config, "--model", model_folder("qwen3"), "--engine", "vllm", "--url", fake.url]
-        words += ["--adapter-path", tmp_path / "adapters", "--log-dir", tmp_path / "log", "--sharding", sharding]
+        words += ["--backend-adapter-path", tmp_path / "adapters", "--log-dir", tmp_path / "log", "--sharding", sharding]
         words += ["--max-steps", 2, "--max-tokens", 6, *PLAIN]
         run = run_ranks(tmp_path / "run", 2, *words)
     finally:
@@ -263,7 +263,7 @@ def test_servers_are_the_first_ranks(config: Path, tmp_path, model_folder, shard
 
 def test_a_server_that_is_away_is_refused_once(config: Path, tmp_path):
     words = [config, "--engine", "vllm", "--url", "http://127.0.0.1:9", "--log-dir", tmp_path / "log"]
-    run = run_ranks(tmp_path / "run", 2, *words, "--adapter-path", tmp_path / "adapters")
+    run = run_ranks(tmp_path / "run", 2, *words, "--backend-adapter-path", tmp_path / "adapters")
     assert run.statuses == [2, 2]
     assert run.said.count("error: ") == 1
     assert "inference.url" in run.said
