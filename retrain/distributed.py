@@ -77,6 +77,12 @@ class World:
         """The same ranks, to be used from another thread. All must ask for it, in the same order."""
         return self
 
+    @contextmanager
+    def lockstep(self) -> Iterator[None]:
+        """Around what all ranks compute together, communication within. An error inside ends them all: those that wait
+        for this one could not be told otherwise."""
+        yield
+
     def on_loss(self, hint: Callable[[], str]) -> None:
         """hint: the sentence that is said when a rank is lost, after what happened."""
 
@@ -85,7 +91,7 @@ ALONE = World()
 
 
 class Ranks(World):
-    """Several processes. Values and errors travel over gloo, on the CPU; so do tensors that lie there."""
+    """Several processes. Values and errors travel over gloo, on the CPU; tensors so too, between GPUs over NCCL."""
 
     def __init__(self, rank: int, size: int, lifeline: Lifeline, name: str = "main") -> None:
         import torch.distributed as dist
@@ -95,7 +101,6 @@ class Ranks(World):
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
         self._lifeline, self._name = lifeline, name
         self._dist, self._objects = dist, dist.new_group(backend="gloo", timeout=PATIENCE)
-        self._tensors: dict[str, Any] = {"cpu": self._objects}
         self._groups = count(1)
 
     def each(self, work: Callable[[], T]) -> list[T]:
@@ -127,16 +132,22 @@ class Ranks(World):
         # In single precision at least: a sum of many loses bits.
         wide = torch.promote_types(tensors[0].dtype, torch.float32)
         flat = torch.cat([tensor.detach().flatten().to(wide) for tensor in tensors])
-        kind = flat.device.type
-        if kind not in self._tensors:
-            self._tensors[kind] = self._dist.new_group(backend="nccl", timeout=PATIENCE)
         with self.collective():
-            self._dist.all_reduce(flat, group=self._tensors[kind])
+            self._dist.all_reduce(flat)
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
     def group(self) -> World:
         return Ranks(self.rank, self.size, self._lifeline, f"{self._name}.{next(self._groups)}")
+
+    @contextmanager
+    def lockstep(self) -> Iterator[None]:
+        group = f"{self._name} in lockstep"
+        self._lifeline.begin(group)
+        try:
+            yield
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the others wait in vain
+            self._lifeline.fail(group, _text(error), status_of(error))
 
     def on_loss(self, hint: Callable[[], str]) -> None:
         self._lifeline.hint = hint
@@ -177,6 +188,7 @@ def open_world() -> Iterator[World]:
 
 
 def _join() -> tuple[Ranks, Lifeline]:
+    import torch
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
@@ -190,11 +202,12 @@ def _join() -> tuple[Ranks, Lifeline]:
             word = secrets.token_hex(16)
             server = lifeline.listen("127.0.0.1" if host in LOOPBACK else "")
             store.set("lifeline", f"{server.getsockname()[1]} {word}")
-            lifeline.accept(server, word)
+            lifeline.accept(server, word, seconds=MEETING.total_seconds())
         else:
             port, word = store.get("lifeline").decode().split()
             lifeline.connect((host, int(port)), word)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         return Ranks(rank, size, lifeline), lifeline
     except (RuntimeError, OSError, ValueError) as error:
         place = f"{host}:{os.environ['MASTER_PORT']}"

@@ -19,9 +19,11 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 LOOK_SECONDS = 0.05
+# A machine that vanishes closes no connection: the operating system asks after so many seconds, so often.
+ALIVE_OPTIONS = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}
 # What comes of a death may be told before the death itself is noticed.
 DEATH_FIRST_SECONDS = 0.5
 ECHO_SECONDS = 5.0
@@ -61,15 +63,25 @@ class Lifeline:
         """A collective of `group` begins."""
         self.begun[group] += 1
 
+    def fail(self, group: str, error: str, status: int) -> NoReturn:
+        """This process cannot do its part of the collective of `group` that it has begun: the others wait in vain."""
+        self.begun[group] -= 1
+        if self.rank == 0:
+            self._end(error, status)
+        else:
+            self._send(self._peers[0], asdict(Goodbye(dict(self.begun), error, status)))
+            time.sleep(ECHO_SECONDS)  # the first process ends this one, and says why
+        os._exit(status)
+
     # ---- connections ------------------------------------------------------------------------------------------------
 
     def listen(self, host: str) -> socket.socket:
         """Of the first process: where the others connect to; `accept` takes them."""
         return socket.create_server((host, 0), backlog=self.size)
 
-    def accept(self, server: socket.socket, word: str) -> None:
-        """Wait for all others. Raises TimeoutError where one does not come."""
-        server.settimeout(HELLO_SECONDS)
+    def accept(self, server: socket.socket, word: str, *, seconds: float) -> None:
+        """Wait for all others. Raises TimeoutError where one does not come for so long."""
+        server.settimeout(seconds)
         with server:
             while len(self._peers) < self.size - 1:
                 connection, _ = server.accept()
@@ -93,6 +105,7 @@ class Lifeline:
     def _watch(self) -> None:
         for peer, connection in self._peers.items():
             connection.settimeout(None)
+            _keep_alive(connection)
             threading.Thread(target=self._listen, args=(peer, connection), name=f"rank {peer}", daemon=True).start()
         threading.Thread(target=self._look, name="lifeline", daemon=True).start()
 
@@ -179,6 +192,13 @@ class Lifeline:
     def _send(self, connection: socket.socket, message: dict[str, Any]) -> None:
         with suppress(OSError):
             connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in ALIVE_OPTIONS.items():
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _line(connection: socket.socket) -> bytes:

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import tiny_models as models
@@ -23,8 +24,9 @@ from retrain.backend.local import LocalBackend
 from retrain.backend.recovery import OutOfMemory
 from retrain.config import Config
 from retrain.distributed import World, open_world
+from retrain.inference.pytorch import PyTorchEngine
 from retrain.plugin import child_environment
-from retrain.types import Batch, StepResult
+from retrain.types import Batch, Completion, StepResult
 
 
 @contextmanager
@@ -101,12 +103,13 @@ def step(
     batch: Batch,
     steps: int = 1,
     trouble: tuple[str, int] | None = None,
+    sharded: bool = False,
 ) -> tuple[StepResult, list[torch.Tensor | None], list[torch.Tensor]]:
     """Steps of a learner whose adapter begins as always: the last result, gradients, parameters.
 
     trouble: a kind of it, and the rank that is to have it.
     """
-    policy = backend_on(folder, precise).policy
+    policy = sharded_backend(world, folder).policy if sharded else backend_on(folder, precise).policy
     with torch.no_grad():
         for parameter, value in zip(policy.adapter_parameters(), stirred(folder, precise), strict=True):
             parameter.copy_(value)
@@ -132,6 +135,40 @@ def cause(kind: str, learner: Learner) -> None:
         return logprob_N * float("nan"), entropy_N
 
     learner._logprob = spoilt  # type: ignore[method-assign]
+
+
+@cache
+def sharded_backend(world: World, folder: str) -> LocalBackend:
+    config = models.config_for(folder, backend__sharding="fsdp")
+    backend = LocalBackend(config, seed=0, say=lambda line: None, world=world)
+    models.stir(backend.policy.peft)
+    return backend
+
+
+def sharded_digest(world: World, folder: str) -> str:
+    return sharded_backend(world, folder).base_digest()
+
+
+def sharded_logprobs(world: World, folder: str, texts: list[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+    """Asked for on the first rank alone."""
+    backend = sharded_backend(world, folder)
+
+    def work() -> list[np.ndarray]:
+        return [backend.logprobs(*text, temperature=0.7, adapter=i % 2 == 0) for i, text in enumerate(texts)]
+
+    return backend.on_first(work)
+
+
+def sharded_samples(world: World, folder: str, prompts: list[np.ndarray], rank: int) -> list[tuple[Completion, ...]]:
+    """Of `rank`; the other one has nothing to sample."""
+    engine = PyTorchEngine(sharded_backend(world, folder).policy)
+    mine = prompts if world.rank == rank else []
+    return world.gather(sampled(engine, mine))[rank]
+
+
+def sampled(engine: PyTorchEngine, prompts: list[np.ndarray]) -> list[tuple[Completion, ...]]:
+    streams = np.arange(3 * len(prompts), dtype=np.uint64).reshape(-1, 3)
+    return engine.generate(prompts, streams, max_tokens=9, temperature=1.0)
 
 
 def digests(world: World, folder: str) -> list[str]:

@@ -129,7 +129,6 @@ def test_facts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }
     assert facts["config"]["training"]["lr"] == 1
     assert facts["no_effect"] == ['hicra.alpha = 0.3: no effect with algorithm.transform_mode = "gtpo_sepa"']
-    assert facts["not_available"] == []
     assert facts["runs"] == []
     assert facts["tokens_per_step"]["completion_tokens"] == 3 * 16 * 2048
     assert {size["name"] for size in facts["sizes"]} >= {"base weights", "KV cache", "Adam state", "logits [N, V]"}
@@ -190,7 +189,6 @@ def test_campaign(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "logging.wandb_tags": "a",
     }
     assert facts["no_effect"] == [], "hicra.alpha has an effect in one of the conditions"
-    assert facts["not_available"] == []
     assert main(["explain", str(path)]) == 0
     text = capsys.readouterr().out
     assert "Runs: 4, 28 steps in all" in text

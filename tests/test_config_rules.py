@@ -6,16 +6,13 @@ from typing import Any
 
 import pytest
 
-from retrain.config import Config, build, check_available, run_kind, run_matrix, unavailable, without_effect
+from retrain.config import Config, build, run_kind, run_matrix, without_effect
 from retrain.types import ConfigError
 
 
 def config_of(**values: Any) -> Config:
     """config_of(training__lr=1) sets training.lr."""
     return build({}, {path.replace("__", "."): value for path, value in values.items()})
-
-
-AVAILABLE = {"data__source": "arithmetic"}
 
 
 @pytest.mark.parametrize(
@@ -139,48 +136,9 @@ def test_allowed_combination(values: dict[str, Any]) -> None:
     config_of(**values)
 
 
-@pytest.mark.parametrize(
-    ("values", "key"),
-    [
-        ({"backend__sharding": "fsdp"}, "backend.sharding"),
-    ],
-)
-def test_not_available_yet(values: dict[str, Any], key: str) -> None:
-    config = config_of(**{**AVAILABLE, **values})
-    assert len(unavailable(config)) == 1
-    with pytest.raises(ConfigError, match=rf"^{key} = .*: not available yet; \w+"):
-        check_available(config)
-
-
 def test_a_campaign_shares_its_devices_out() -> None:
-    campaign = config_of(**AVAILABLE, campaign__parallel=True, backend__devices="gpu:0,gpu:1")
-    assert unavailable(campaign) == []
+    campaign = config_of(campaign__parallel=True, backend__devices="gpu:0,gpu:1")
     assert {run.config.backend.devices for run in run_matrix(campaign)} == {"gpu:0"}
-
-
-def test_the_defaults_are_available() -> None:
-    assert unavailable(Config()) == []
-
-
-@pytest.mark.parametrize("source", ["arithmetic", "math", "gsm8k:folder", "x.csv", "org/name", "pkg.mod.fn"])
-def test_available(source: str) -> None:
-    check_available(config_of(data__source=source))
-    check_available(
-        config_of(
-            data__source=source,
-            backend__devices="cpu",
-            model__model="builtin:tiny",
-            reward__type="math",
-            loss__kind="ppo",
-            loss__dual_clip=3,
-            algorithm__dynamic_sampling=True,
-            eval__every=5,
-            inference__prefix_caching=False,
-            inference__max_logprob_gap=1,
-            logging__strategic_grams="a, b",
-            resume__from="x",
-        )
-    )
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from learner_cases import cases, make_batch
 from retrain.backend.recovery import NotFinite, OutOfMemory
 from retrain.backend.sharing import shares
 from retrain.distributed import ALONE, World
+from retrain.inference.pytorch import PyTorchEngine
 from retrain.training.spread import combined
 from retrain.types import Batch, ConfigError, RetrainError
 
@@ -155,6 +156,76 @@ def test_where_memory_runs_out_on_one_rank_all_go_on_with_less(world: World, fol
     one = rank_tasks.step(ALONE, folder, False, config, ragged())
     metrics = one[0].metrics | {"micro_batch_tokens": two[0].metrics["micro_batch_tokens"]}
     assert_same((dataclasses.replace(one[0], metrics=metrics), *one[1:]), two, 1e-4)
+
+
+# ---- a sharded base -----------------------------------------------------------------------------------------------
+
+
+@cases(8)
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=4), min_size=1, max_size=4),
+    minibatches=st.integers(1, 2),
+    recompute=st.booleans(),
+    kl=st.sampled_from([0.0, 0.1]),
+    budget=st.sampled_from([8, 16384]),
+)
+@example(lengths=[[3, 5]], minibatches=2, recompute=True, kl=0.1, budget=8)  # one rank has nothing
+def test_a_sharded_base_trains_as_a_whole_one(world, folder, lengths, minibatches, recompute, kl, budget):
+    config = models.config_for(
+        folder,
+        training__lr=1e-3,
+        training__micro_batch_tokens=budget,
+        loss__kind="ppo",
+        loss__minibatches=minibatches,
+        loss__kl_coef=kl,
+        loss__old_logprobs="recompute" if recompute else "sampler",
+    )
+    batch = models.random_batch(len(lengths), [4 + i for i in range(len(lengths))], lengths)
+    one = rank_tasks.step(ALONE, folder, False, config, batch, 2)
+    two = rank_tasks.call(world, "step", folder, False, config, batch, 2, None, True)
+    assert_same(one, two, 2e-4)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_number_that_is_not_finite_leaves_no_rank_inside_a_pass(world: World, folder, rank):
+    config = models.config_for(folder, training__micro_batch_tokens=16)
+    words = ("step", folder, False, config, ragged(), 1, ("nan", rank), True)
+    result, _, _ = rank_tasks.call(world, *words)
+    assert result.skipped == "log-probabilities"
+    assert set(result.culprits) <= shares(ragged(), 2, share_prompts=True)[rank]
+    two = rank_tasks.call(world, "step", folder, False, config, ragged(), 1, None, True)
+    assert_same(rank_tasks.step(ALONE, folder, False, config, ragged()), two, 2e-4)
+
+
+def test_a_sharded_base_has_the_digest_of_the_whole_one(world: World, folder):
+    whole = rank_tasks.backend_on(folder, False).base_digest()
+    assert rank_tasks.call(world, "sharded_digest", folder) == whole
+
+
+def test_log_probs_that_the_first_rank_alone_asks_for(world: World, folder):
+    rng = np.random.default_rng(0)
+    texts = [(rng.integers(2, models.VOCAB, 4), rng.integers(2, models.VOCAB, n)) for n in (1, 7)]
+    backend = rank_tasks.backend_on(folder, False)
+    rank_tasks.step(ALONE, folder, False, models.config_for(folder, training__lr=0.0), ragged())
+    rank_tasks.call(world, "step", folder, False, models.config_for(folder, training__lr=0.0), ragged(), 1, None, True)
+    for i, (text, found) in enumerate(
+        zip(texts, rank_tasks.call(world, "sharded_logprobs", folder, texts), strict=True)
+    ):
+        expected = backend.logprobs(*text, temperature=0.7, adapter=i % 2 == 0)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sampling_in_lockstep_where_one_rank_has_nothing_to_sample(world: World, folder, rank):
+    prompts = [np.arange(5, 9), np.arange(20, 31)]
+    rank_tasks.step(ALONE, folder, False, models.config_for(folder, training__lr=0.0), ragged())
+    rank_tasks.call(world, "step", folder, False, models.config_for(folder, training__lr=0.0), ragged(), 1, None, True)
+    engine = PyTorchEngine(rank_tasks.backend_on(folder, False).policy, merged_copy=False)
+    expected = rank_tasks.sampled(engine, prompts)
+    for ours, theirs in zip(expected, rank_tasks.call(world, "sharded_samples", folder, prompts, rank), strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.tokens_T.tolist() == b.tokens_T.tolist()
+            np.testing.assert_allclose(a.logprobs_T, b.logprobs_T, rtol=1e-4, atol=1e-5)
 
 
 # ---- what the ranks do in common ----------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import signal
 import time
 from pathlib import Path
@@ -11,12 +11,19 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from fake_server import FakeServer
 from rank_runs import RanksRun, run_ranks, until
+from retrain.training.folder import METRICS
 from retrain.training.metrics import MEASURED
 from runs import lines, retrain, start, unmeasured, write_config
 
 # No dropout, which differs between ranks; a rate that does not depend on where the run ends.
 PLAIN = ("--lora-dropout", 0, "--lr-schedule", "constant", "--keep-checkpoints", 0)
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    return write_config(tmp_path, tmp_path / "log", learns=True)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +55,8 @@ def test_twenty_steps_are_those_of_one_process(base: Path):
         assert (a.pop("world_size"), b.pop("world_size")) == (1, 2)
         assert a.keys() == b.keys()
         for name in a.keys() - set(MEASURED):
-            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+            other = pytest.approx(b[name], rel=1e-3, abs=1e-5) if isinstance(b[name], float) else b[name]
+            assert a[name] == other, name
     texts = [[row["completion"] for row in lines(base / name / "generations.jsonl")] for name in ("one", "two")]
     assert texts[0] == texts[1]
 
@@ -81,9 +89,9 @@ def test_a_checkpoint_of_two_goes_on_with_any_number(base: Path, tmp_path, size)
     assert_close(tmp_path / "fork/final", other)
 
 
-def test_the_same_number_of_ranks_goes_on_to_the_same_bits(base: Path, tmp_path):
+def test_the_same_number_of_ranks_goes_on_to_the_same_bits(config: Path, tmp_path):
     """With dropout, of which each rank draws its own."""
-    words = [base / "config.toml", "--save-every", 2, "--keep-checkpoints", 0]
+    words = [config, "--save-every", 2, "--keep-checkpoints", 0]
     whole = run_ranks(tmp_path / "a", 2, *words, "--log-dir", tmp_path / "whole", "--max-steps", 4)
     assert whole.statuses == [0, 0], whole.said
     again = [*words, "--log-dir", tmp_path / "again", "--resume", tmp_path / "whole/checkpoints/step_000002"]
@@ -101,7 +109,7 @@ def has_steps(log_dir: Path, count: int = 1) -> bool:
     return path.exists() and path.read_bytes().count(b"\n") >= count
 
 
-def test_a_rank_that_is_killed_ends_the_run_at_once(base: Path, tmp_path):
+def test_a_rank_that_is_killed_ends_the_run_at_once(config: Path, tmp_path):
     log_dir, killed = tmp_path / "log", []
 
     def kill(run: RanksRun) -> None:
@@ -109,7 +117,7 @@ def test_a_rank_that_is_killed_ends_the_run_at_once(base: Path, tmp_path):
         killed.append(time.monotonic())
         run.send(signal.SIGKILL, 1)
 
-    words = [base / "config.toml", "--log-dir", log_dir, "--max-steps", 500]
+    words = [config, "--log-dir", log_dir, "--max-steps", 500]
     run = run_ranks(tmp_path / "run", 2, *words, meanwhile=kill)
     assert run.ended - killed[0] < 3
     assert run.statuses == [1, -signal.SIGKILL]
@@ -118,7 +126,7 @@ def test_a_rank_that_is_killed_ends_the_run_at_once(base: Path, tmp_path):
     assert f"retrain {log_dir / 'config.toml'} --resume {log_dir}" in run.said
 
 
-def test_a_signal_to_all_ends_the_run_after_a_checkpoint(base: Path, tmp_path):
+def test_a_signal_to_all_ends_the_run_after_a_checkpoint(config: Path, tmp_path):
     log_dir = tmp_path / "log"
 
     def stop(run: RanksRun) -> None:
@@ -126,7 +134,7 @@ def test_a_signal_to_all_ends_the_run_after_a_checkpoint(base: Path, tmp_path):
         run.send(signal.SIGINT)
         run.send(signal.SIGINT)  # as where a terminal and a launcher both send it
 
-    words = [base / "config.toml", "--log-dir", log_dir, "--max-steps", 500, "--save-every", 500]
+    words = [config, "--log-dir", log_dir, "--max-steps", 500, "--save-every", 500]
     run = run_ranks(tmp_path / "run", 2, *words, meanwhile=stop)
     assert run.statuses == [130, 130]
     steps = len(lines(log_dir / "metrics.jsonl"))
@@ -137,9 +145,9 @@ def test_a_signal_to_all_ends_the_run_after_a_checkpoint(base: Path, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_no_process_outlives_the_launcher(base: Path, tmp_path, number):
+def test_no_process_outlives_the_launcher(config: Path, tmp_path, number):
     log_dir = tmp_path / "log"
-    words = [base / "config.toml", "--log-dir", log_dir, "--max-steps", 500, "--save-every", 500]
+    words = [config, "--log-dir", log_dir, "--max-steps", 500, "--save-every", 500]
     launcher = start("--nproc", 2, *words)
     until(lambda: has_steps(log_dir))
     ranks = [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
@@ -163,52 +171,100 @@ def alive(pid: int) -> bool:
 # ---- what is wrong with the input ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--batch-size", 1), "training.batch_size = 1: 2 processes share the groups"),
-        (("--devices", "gpu:3"), 'backend.devices = "gpu:3": each of 2 processes'),
-        (("--devices", "mps"), 'backend.devices = "mps"'),
-        (("--lr", "x"), "--lr x: must be a number"),
-        (("--backpressure-enabled", "--min-batch-size", 1), "backpressure.min_batch_size = 1: 2 processes"),
-    ],
-)
-@pytest.mark.parametrize("launched", [True, False])
-def test_what_ranks_cannot_do_is_refused_once(base: Path, tmp_path, words, message, launched):
-    if launched:
-        done = retrain(base / "config.toml", "--nproc", 2, "--log-dir", tmp_path / "log", *words)
-        statuses, said = [done.returncode], done.stderr
-    else:
-        run = run_ranks(tmp_path / "run", 2, base / "config.toml", "--log-dir", tmp_path / "log", *words)
-        statuses, said = run.statuses, run.said
-    assert set(statuses) == {2}
-    assert said.count("error: ") == 1
-    assert message in said
+@pytest.mark.parametrize("words", [("--batch-size", 1), ("--devices", "gpu:3"), ("--lr", "x")])
+def test_what_ranks_cannot_do_is_refused_before_they_start(config: Path, tmp_path, words):
+    done = retrain(config, "--nproc", 2, "--log-dir", tmp_path / "log", *words)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
     assert not (tmp_path / "log").exists()
 
 
-@pytest.mark.parametrize("text", ["0", "x", "-1"])
-def test_nproc_is_a_number(text):
-    done = retrain("--nproc", text)
-    assert done.returncode == 2
-    assert "--nproc" in done.stderr
+@pytest.mark.parametrize("words", [("--batch-size", 1), ("--lr", "x"), ("--model", "./nowhere")])
+def test_what_all_ranks_refuse_is_said_once(config: Path, tmp_path, words):
+    run = run_ranks(tmp_path / "run", 2, config, "--log-dir", tmp_path / "log", *words)
+    assert run.statuses == [2, 2]
+    assert run.said.startswith("error: ")
+    assert run.said.count("\n") == 1
+    assert not (tmp_path / "log").exists()
 
 
-def test_other_commands_are_refused(base: Path, tmp_path):
-    run = run_ranks(tmp_path / "run", 2, "eval", base / "config.toml")
+def test_other_commands_are_refused(config: Path, tmp_path):
+    run = run_ranks(tmp_path / "run", 2, "eval", config)
     assert run.statuses == [2, 2]
     assert "retrain eval: runs as one process" in run.said
 
 
-def test_an_error_of_one_rank_alone_is_named(base: Path, tmp_path):
-    """Its copy of the data differs, as on a machine with other files."""
-    data = tmp_path / "data.jsonl"
-    rows = [{"prompt": f"What is {i}?", "answer": str(i)} for i in range(8)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    module = tmp_path / "odd_reward.py"
-    module.write_text(
-        "import os\n\ndef score(responses, references):\n"
-        "    if os.environ['RANK'] == '1':\n        raise SystemExit('no')\n    return [0.0] * len(responses)\n"
-    )
-    shutil.copy(base / "config.toml", tmp_path / "config.toml")
-    assert data.exists()
+PLUG_IN = """
+import os
+from retrain.types import RetrainError
+
+def advantages(rewards):
+    if os.environ["RANK"] == "1":
+        raise RetrainError("only here. Take care")
+    return rewards - rewards.mean()
+"""
+
+
+def test_an_error_of_one_rank_alone_is_named(config: Path, tmp_path, monkeypatch):
+    (tmp_path / "plug.py").write_text(PLUG_IN)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    words = [config, "--log-dir", tmp_path / "log", "--advantage-mode", "plug.advantages"]
+    run = run_ranks(tmp_path / "run", 2, *words)
+    assert run.statuses[0] == 1
+    assert "error: rank 1: " in run.said
+    assert "only here. Take care" in run.said
+
+
+# ---- who samples, and a sharded base -------------------------------------------------------------------------------
+
+SQUEEZED = """
+[squeeze]
+at_steps = [2]
+to_ranks = [2]
+"""
+
+
+def test_a_sharded_run_is_that_of_one_process(tmp_path):
+    """With a squeeze in its course, and an evaluation."""
+    squeezed = write_config(tmp_path, tmp_path / "log", SQUEEZED, learns=True)
+    words = [squeezed, "--max-steps", 3, *PLAIN, "--no-merged-copy", "--eval-fraction", 0.1, "--eval-every", 2]
+    words += ["--eval-examples", 3]
+    one = retrain(*words, "--log-dir", tmp_path / "one", "--sharding", "fsdp")
+    assert one.returncode == 0, one.stderr
+    assert 'backend.sharding = "fsdp": no effect with one process' in one.stdout
+    run = run_ranks(tmp_path / "run", 2, *words, "--log-dir", tmp_path / "two", "--sharding", "fsdp")
+    assert run.statuses == [0, 0], run.said
+    assert "sharded over 2 processes" in run.output(0, "stdout")
+    assert run.output(1, "stdout") == ""
+    assert_close(tmp_path / "one/final", tmp_path / "two/final")
+    a, b = (json.loads((tmp_path / name / "metadata.json").read_text()) for name in ("one", "two"))
+    assert (a["base_sha256"], a["parameters"]) == (b["base_sha256"], b["parameters"])
+    rates = [[row["eval_correct_rate"] for row in lines(tmp_path / name / METRICS)] for name in ("one", "two")]
+    assert rates[0] == rates[1]
+
+
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_servers_are_the_first_ranks(config: Path, tmp_path, model_folder, sharding):
+    fake = FakeServer(model_folder("qwen3"), "vllm")
+    try:
+        words = [config, "--model", model_folder("qwen3"), "--engine", "vllm", "--url", fake.url]
+        words += ["--backend-adapter-path", tmp_path / "adapters", "--log-dir", tmp_path / "log"]
+        words += ["--sharding", sharding, "--max-steps", 2, "--max-tokens", 6, *PLAIN]
+        run = run_ranks(tmp_path / "run", 2, *words)
+    finally:
+        fake.stop()
+    assert run.statuses == [0, 0], run.said
+    rows = lines(tmp_path / "log" / METRICS)
+    assert len(rows) == 2
+    assert max(row["logprob_gap_max"] or 0.0 for row in rows) < 1e-3
+    assert not list((tmp_path / "adapters").iterdir())  # one wrote them, and took them away
+
+
+def test_a_server_that_is_away_is_refused_once(config: Path, tmp_path):
+    words = [config, "--engine", "vllm", "--url", "http://127.0.0.1:9", "--log-dir", tmp_path / "log"]
+    run = run_ranks(tmp_path / "run", 2, *words, "--backend-adapter-path", tmp_path / "adapters")
+    assert run.statuses == [2, 2]
+    assert run.said.count("error: ") == 1
+    assert "inference.url" in run.said
+    assert not (tmp_path / "log").exists()

@@ -25,7 +25,7 @@ PROMISED = {
     "logprob_gap_mean", "logprob_gap_max", "ratio_mean", "clip_fraction", "policy_version", "batch_size",
     "group_size", "bp_action", "bp_regime", "bp_p_star", "bp_sigma", "bp_kappa", "bp_throughput",
     "sample_time_s", "reward_time_s", "train_time_s", "sync_time_s", "step_time_s", "tokens_per_s",
-    "peak_memory_bytes",
+    "peak_memory_bytes", "world_size",
 }  # fmt: skip
 
 

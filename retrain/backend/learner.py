@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -170,12 +171,17 @@ class Learner:
         broken: list[int] = []
         self.policy.peft.train()
         try:
-            for micro in self._pack(batch, members):
-                with fitting(tokens=micro.tokens_RS.numel(), sequences=len(micro.members)):
+            for micro in self._lockstep(self._pack(batch, members)):
+                if micro is None:
+                    self._idle()
+                    continue
+                with self._pass(micro):
                     logprobs = self._logprob(micro)
                     reference_N = self._reference(micro) if self.loss.kl_coef else None
                     if found := _broken(micro, *logprobs, reference_N):
                         broken += found
+                        # Of no use, but where the base is sharded every pass is everybody's.
+                        logprobs[0].sum().backward()
                         continue
                     loss, metrics, record = self._loss(
                         micro, *logprobs, reference_N, batch.sepa_lambda, denominator, old
@@ -204,7 +210,11 @@ class Learner:
     def _culprits(
         self, batch: Batch, members: Sequence[int], old: dict[int, Tensor] | None, denominator: float
     ) -> list[int]:
-        """Those whose own loss or gradient is not finite, of all ranks' `members`; none where only the sum is not."""
+        """Those whose own loss or gradient is not finite, of all ranks' `members`; none where only the sum is not, or
+        where the base is sharded."""
+
+        if self.policy.is_sharded:
+            return []  # one rank alone cannot look
 
         def look() -> list[int]:
             found = []
@@ -300,13 +310,40 @@ class Learner:
         old: dict[int, Tensor] = {}
 
         def recompute() -> list[int]:
-            for micro in self._pack(batch, sorted(own)):
-                with fitting(tokens=micro.tokens_RS.numel(), sequences=len(micro.members)):
+            for micro in self._lockstep(self._pack(batch, sorted(own))):
+                if micro is None:
+                    self._idle(backward=False)
+                    continue
+                with self._pass(micro):
                     old.update(micro.by_member(self._logprob(micro)[0]))
             return [i for i in old if not old[i].isfinite().all()]
 
         _check_finite(i for broken in self.world.each(recompute) for i in broken)
         return old
+
+    def _lockstep(self, micros: list[MicroBatch]) -> list[MicroBatch | None]:
+        """With None where other ranks have more passes to make: where the base is sharded, all make as many."""
+        if not self.policy.is_sharded:
+            return list(micros)
+        most = max(self.policy.together.gather(len(micros)))
+        return [*micros, *[None] * (most - len(micros))]
+
+    @contextmanager
+    def _pass(self, micro: MicroBatch) -> Iterator[None]:
+        """Around the passes over a micro-batch. Raises OutOfMemory."""
+        with self.policy.together.lockstep(), fitting(tokens=micro.tokens_RS.numel(), sequences=len(micro.members)):
+            yield
+
+    def _idle(self, *, backward: bool = True) -> None:
+        """The passes over a micro-batch, over one token and to no gradient."""
+        token = torch.full((1, 1), self.policy.eos_ids[0], device=self.policy.device)
+        with self.policy.together.lockstep():
+            hidden = self.policy.hidden(token)
+            if backward and self.loss.kl_coef:
+                with torch.no_grad(), self.policy.peft.disable_adapter():
+                    self.policy.hidden(token)
+            if backward:
+                (hidden.sum() * 0).backward()
 
     def _pack(self, batch: Batch, members: Sequence[int]) -> list[MicroBatch]:
         budget = self.training.micro_batch_tokens
@@ -386,6 +423,7 @@ def can_share_prompts(policy: Policy) -> bool:
         states = policy.hidden(micros[0].tokens_RS, positions, micros[0].mask).flatten(0, 1)
         return states.index_select(0, micros[0].predictor_N).float()
 
-    shared, separate = hidden(True), hidden(False)
+    with policy.together.lockstep():
+        shared, separate = hidden(True), hidden(False)
     tolerance = 1e-3 if policy.head.weight.dtype == torch.float32 else 5e-2
     return bool((shared - separate).norm() <= tolerance * separate.norm())

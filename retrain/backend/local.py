@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from retrain_kernels import linear_logprob
 if TYPE_CHECKING:
     from retrain.config import Config
 
+T = TypeVar("T")
+
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
@@ -35,7 +37,7 @@ class LocalBackend:
     """See `retrain.backend.Backend`. The in-process engine samples from `policy` itself: nothing is copied."""
 
     def __init__(self, config: Config, *, seed: int, say: Callable[[str], None], world: World = ALONE) -> None:
-        self.config, self.seed, self.world = config, seed, world
+        self.config, self.seed, self.world, self._leads = config, seed, world, False
         _, device, processes = resolve_devices(config.backend, say)
         self.policy = load_policy(
             config.model,
@@ -45,6 +47,7 @@ class LocalBackend:
             lora_seed=stream_key(seed, "lora"),
             say=say,
             processes=processes,
+            sharded_over=world if config.backend.sharding == "fsdp" else None,
         )
         self.tokenizer, self.context = self.policy.tokenizer, self.policy.context
         self.eos_ids, self.vocab_size = self.policy.eos_ids, self.policy.head.weight.shape[0]
@@ -70,14 +73,39 @@ class LocalBackend:
         temperature: float = 1.0,
         adapter: bool = True,
     ) -> np.ndarray:
+        if self._leads:
+            self._asked((prompt_tokens, completion_tokens, temperature, adapter))
         self.policy.peft.eval()
         tokens = torch.from_numpy(np.concatenate((prompt_tokens, completion_tokens))).to(self.policy.device)
-        with nullcontext() if adapter else self.policy.peft.disable_adapter():
+        with nullcontext() if adapter else self.policy.peft.disable_adapter(), self.policy.together.lockstep():
             hidden_TD = self.policy.hidden(tokens[None])[0, len(prompt_tokens) - 1 : -1]
         head = self.policy.head
         targets = tokens[len(prompt_tokens) :]
         logprob_T, _ = linear_logprob(hidden_TD, head.weight, targets, bias=head.bias, temperature=temperature)
         return logprob_T.float().cpu().numpy()
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """As `World.first`; `work` may ask for `logprobs`, and where the base is sharded, all ranks make its passes."""
+        if not self.policy.is_sharded:
+            return self.world.first(work)
+
+        def lead() -> T:
+            self._leads = True
+            try:
+                return work()
+            finally:
+                self._leads = False
+                self._asked(None)
+
+        if self.world.rank:
+            while (asked := self._asked(None)) is not None:
+                prompt, completion, temperature, adapter = asked
+                self.logprobs(prompt, completion, temperature=temperature, adapter=adapter)
+        return self.world.first(lead)
+
+    def _asked(self, arguments: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        """The arguments of the next `logprobs` on the rank that leads; None: there is none any more."""
+        return self.world.first(lambda: arguments)
 
     def squeeze(self, rank: int) -> dict[str, float]:
         """Lower the adapter's rank in place; see `retrain.backend.ranks.squeeze`."""

@@ -21,7 +21,9 @@ from transformers.utils import logging as transformers_logging
 
 from retrain.assets import resolve_model
 from retrain.backend.devices import resolve_dtype, settle_threads
+from retrain.backend.sharding import shard, whole
 from retrain.config.suggest import nearest
+from retrain.distributed import ALONE, World
 from retrain.types import ConfigError
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class Policy:
 
     lm: the transformers model with LoRA layers inside. peft: the same, as PEFT sees it.
     eos_ids: token ids that end a completion. context: longest sequence the model can take, in tokens.
+    together: the ranks that hold the base in parts, and so make every pass at the same time; alone, it is whole.
     """
 
     peft: PeftModel
@@ -42,6 +45,11 @@ class Policy:
     device: torch.device
     eos_ids: tuple[int, ...]
     context: int
+    together: World = ALONE
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.together.size > 1
 
     def hidden(self, tokens_RS: Tensor, positions_RS: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Final hidden states [R, S, D], after the last norm; `mask` is boolean [R, 1, S, S], None is causal."""
@@ -62,11 +70,14 @@ class Policy:
 
 
 def base_digest(policy: Policy) -> str:
-    """SHA-256 over every tensor of the base: equal before and after a run, or the run is not what it says."""
+    """SHA-256 over every tensor of the base: equal before and after a run, or the run is not what it says.
+
+    Where it is sharded, all ranks ask for it together.
+    """
     digest = hashlib.sha256()
     for name, parameter in policy.base_parameters():
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(whole(parameter.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -79,11 +90,13 @@ def load_policy(
     lora_seed: int,
     say: Callable[[str], None],
     processes: int = 1,
+    sharded_over: World | None = None,
 ) -> Policy:
     """Load the base, freeze it and attach a fresh adapter drawn from `lora_seed` (on the CPU: same on every device).
 
-    processes: how many of this run compute on the device at a time. Raises ConfigError for a model, tokenizer or LoRA
-    target that cannot be used.
+    processes: how many of this run compute on the device at a time. sharded_over: ranks that each are
+    to hold a share of the base's blocks, where that is asked for.
+    Raises ConfigError for a model, tokenizer or LoRA target that cannot be used.
     """
     dtype = resolve_dtype(training.dtype, device)
     if not sys.stderr.isatty():
@@ -100,9 +113,17 @@ def load_policy(
         peft = _attach(base, model, lora, lora_seed)
         if training.gradient_checkpointing:
             peft.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    together = sharded_over or ALONE
+    if together.size > 1:
+        # Before it is on the device, where it may not fit as a whole.
+        shard(peft.get_base_model(), device, together, model.model)
+        say(f"the base model is sharded over {together.size} processes")
+    elif sharded_over is not None:
+        say('backend.sharding = "fsdp": no effect with one process (docs/data-parallel.md)')
     peft.to(device)
     peft.eval()
-    policy = Policy(peft, peft.get_base_model(), tokenizer, device, eos_ids, context_of(base.config, tokenizer))
+    context = context_of(base.config, tokenizer)
+    policy = Policy(peft, peft.get_base_model(), tokenizer, device, eos_ids, context, together)
     check_head(policy, model.model)
     return policy
 

@@ -31,7 +31,10 @@ class OutOfMemory(Exception):
     """tokens, sequences: those that were together on the device when memory ran out."""
 
     def __init__(self, tokens: int, sequences: int) -> None:
-        super().__init__(f"{sequences} sequences of {tokens} tokens together do not fit into memory")
+        super().__init__(
+            f"{sequences} sequences of {tokens} tokens together do not fit into memory: lower "
+            "training.micro_batch_tokens"
+        )
         self.tokens, self.sequences = tokens, sequences
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ from retrain.campaign.placement import place
 from retrain.campaign.schedule import Executor, Job, run_jobs
 from retrain.campaign.table import tables
 from retrain.campaign.view import View, counts
-from retrain.config import Run, check_available, dump_toml, run_matrix, without_effect_in_campaign
+from retrain.config import Run, dump_toml, run_matrix, without_effect_in_campaign
 from retrain.tracking import check_packages
 from retrain.tracking.console import clock, percent
 from retrain.training import durable
@@ -80,12 +80,8 @@ def _run(campaign: _Campaign, config: Config, executor: Executor, interrupts: In
 def _checked_matrix(config: Config) -> tuple[Run, ...]:
     if config.resume.from_:
         raise ConfigError("resume.from: a campaign goes on with --campaign-dir and its folder; remove it")
-    check_available(config)
     check_packages(config)
-    matrix = run_matrix(config)
-    for run in matrix:
-        check_available(run.config)
-    return matrix
+    return run_matrix(config)
 
 
 def _open_executor(config: Config, matrix: tuple[Run, ...]) -> tuple[Executor, str]:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Literal
 
 from retrain import data, estimate
 from retrain.assets import resolve_model
-from retrain.cli.explain import human_bytes, not_available
+from retrain.cli.explain import human_bytes
 from retrain.cli.flags import parse
-from retrain.config import DEFAULT_PATH, Config, run_matrix
+from retrain.config import DEFAULT_PATH, Config
 from retrain.config.engines import parse_urls
 from retrain.config.fields import source_kind
 from retrain.environment import module_of
@@ -82,15 +82,12 @@ def examine(config: Config | None) -> Iterator[Finding]:
     if config is None:
         yield from _this_machine()
         return
-    missing = not_available(config, run_matrix(config))
-    yield from (Finding("fail", "config", line) for line in missing)
     if config.backend.backend == "tinker":
         yield _service(config)
     else:
         yield from _devices(config)
     yield _model(config)
-    if not missing:
-        yield _environment(config) if config.environment.provider else _data(config)
+    yield _environment(config) if config.environment.provider else _data(config)
     yield _disk(Path(config.logging.log_dir))
     if config.inference.engine != "pytorch":
         yield from map(_server, parse_urls(config.inference.url, config.inference.engine))

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retrain.cli.flags import parse
-from retrain.config import check_available
 from retrain.redact import shown
 from retrain.tracking.console import percent
 from retrain.types import ConfigError, RetrainError
@@ -17,7 +16,6 @@ from retrain.types import ConfigError, RetrainError
 def run(argv: Sequence[str]) -> int:
     parsed = parse(argv, "eval")
     config = parsed.load()
-    check_available(config)
     adapter = parsed.options["adapter"]
     if adapter and not Path(adapter, "adapter_config.json").is_file():
         raise ConfigError(f"--adapter {adapter}: no adapter in that folder (there is no adapter_config.json)")

@@ -20,7 +20,6 @@ from retrain.config import (
     run_kind,
     run_matrix,
     to_dict,
-    unavailable,
     value_of,
     without_effect,
     without_effect_in_campaign,
@@ -44,7 +43,6 @@ def run(argv: list[str]) -> int:
 def explain(config: Config, parsed: Parsed) -> dict[str, Any]:
     """Everything `retrain explain` says, as plain values."""
     plain, matrix = to_dict(config), run_matrix(config)
-    missing = not_available(config, matrix)
     model_config = estimate.find_model_config(config.model.model)
     shape = estimate.shape_of(model_config) if model_config is not None else None
     nproc = nproc_of(config, parsed)
@@ -55,8 +53,7 @@ def explain(config: Config, parsed: Parsed) -> dict[str, Any]:
         "kind": run_kind(config),
         "config": plain,
         "changed": {path: plain[KEYS[path].section][KEYS[path].name] for path in changed(config)},
-        "no_effect": _without_effect(config, matrix, missing),
-        "not_available": missing,
+        "no_effect": _without_effect(config, matrix),
         "runs": [
             {
                 "name": one.name,
@@ -111,24 +108,9 @@ def _sizes(config: Config, shape: estimate.ModelShape, found: list[estimate.Proc
     return [*listed, asdict(estimate.largest_logits(config, shape)) | {"allocated": False}]
 
 
-def not_available(config: Config, matrix: tuple[Run, ...]) -> list[str]:
-    """What keeps the config, or any run of its campaign, from running in this version."""
-    return list(dict.fromkeys(line for one in (config, *_configs(matrix)) for line in unavailable(one)))
-
-
-def _configs(matrix: tuple[Run, ...]) -> list[Config]:
-    return [one.config for one in matrix]
-
-
-def _without_effect(config: Config, matrix: tuple[Run, ...], missing: list[str]) -> list[str]:
-    """In a campaign, what changes nothing in any run; what is not available is said already."""
-    said = {_key_of(line) for line in missing}
-    idle = without_effect_in_campaign(config, _configs(matrix)) if matrix else without_effect(config)
-    return [line for line in idle if _key_of(line) not in said]
-
-
-def _key_of(line: str) -> str:
-    return line.partition(" = ")[0]
+def _without_effect(config: Config, matrix: tuple[Run, ...]) -> list[str]:
+    """In a campaign, what changes nothing in any run."""
+    return without_effect_in_campaign(config, [one.config for one in matrix]) if matrix else without_effect(config)
 
 
 def _differences(config: Config, run_config: Config) -> dict[str, Any]:
@@ -153,7 +135,6 @@ def _print(facts: dict[str, Any], parsed: Parsed) -> None:
     title = {"train": "training run", "campaign": "campaign", "squeeze": "standalone squeeze"}[facts["kind"]]
     console.print(f"{facts['file']}: {title}", style="bold")
     _print_config(console, facts, parsed)
-    _print_list(console, "Not available yet (a run with these stops at once)", facts["not_available"], "red")
     _print_list(console, "No effect", facts["no_effect"], "yellow")
     if facts["runs"]:
         steps = sum(one["max_steps"] for one in facts["runs"])

@@ -21,7 +21,7 @@ from retrain.plugin import child_environment
 from retrain.types import ConfigError, RetrainError
 
 # They end together; one that has not followed after so long never will.
-GRACE_SECONDS = 15.0
+GRACE_SECONDS = 30.0
 POLL_SECONDS = 0.05
 HOST = "127.0.0.1"
 

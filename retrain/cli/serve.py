@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from retrain.cli.flags import parse
 from retrain.cli.train import train_config
-from retrain.config import Config, check_available
+from retrain.config import Config
 from retrain.config.engines import parse_urls
 from retrain.inference.dialects import DIALECTS
 from retrain.inference.launch import Launch, serve_command
@@ -39,7 +39,6 @@ def run(argv: Sequence[str]) -> int:
         settings = [f"{name}={shlex.quote(value)}" for name, value in launch.environment.items()]
         print(" ".join([*settings, shlex.join(launch.argv)]))
         return 0
-    check_available(config)
     with serving(config, launch, parsed.options["program"]) as server:
         print(f"{config.inference.engine} is ready at {config.inference.url}; Ctrl-C stops it", flush=True)
         if parsed.options["train"]:

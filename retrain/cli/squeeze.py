@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrain.cli.flags import Parsed, parse
-from retrain.config import Config, SqueezeConfig, build, check_available, load_config, without_effect
+from retrain.config import Config, SqueezeConfig, build, load_config, without_effect
 from retrain.types import ConfigError
 
 if TYPE_CHECKING:
@@ -48,8 +48,6 @@ def squeeze(config: Config, *, eval_config: Config | None = None, as_json: bool 
     section = config.squeeze or SqueezeConfig()
     if not section.adapter_path:
         raise ConfigError(_no_adapter(config))
-    if eval_config is not None:
-        check_available(eval_config)
     source = Path(section.adapter_path)
     keys = {
         "target_ranks": section.target_ranks,

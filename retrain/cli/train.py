@@ -8,13 +8,27 @@ from pathlib import Path
 
 from retrain.cli.flags import parse
 from retrain.cli.ranks import run_ranks, take_nproc, without_nproc
-from retrain.config import DEFAULT_PATH, Config, check_available, check_ranks, load_config, run_kind
+from retrain.config import DEFAULT_PATH, Config, check_ranks, load_config, run_kind
 from retrain.distributed import ALONE, World, open_world, several, status_of
 from retrain.training.checkpoint import CONFIG, go_on, spare_config
 from retrain.types import ConfigError
 
 
 def run(argv: Sequence[str]) -> int:
+    if not several():
+        return _run(argv, ALONE)
+    rank = 0
+    try:
+        with open_world() as world:
+            rank = world.rank
+            return _run(argv, world)
+    except (Exception, KeyboardInterrupt) as error:
+        if rank:  # the first one says what there is to say
+            raise SystemExit(status_of(error)) from None
+        raise
+
+
+def _run(argv: Sequence[str], world: World) -> int:
     parsed = parse(argv)
     try:
         config = parsed.load()
@@ -22,11 +36,10 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError(f"{error}{_copy_of(parsed.config_path)}") from None
     size = take_nproc(parsed.options["nproc"])
     if size == 1:
-        return train_config(config, parsed.options["campaign_dir"])
-    if several():
-        raise ConfigError("--nproc: torchrun has started the processes already; give it to one of the two")
+        return train_config(config, parsed.options["campaign_dir"], world)
+    if world.size > 1:
+        raise ConfigError("--nproc: torchrun has started the processes already; leave it out")
     # What is wrong with the config is said once, before anything is started.
-    check_available(config)
     check_ranks(config, size)
     return run_ranks(without_nproc(argv), size)
 
@@ -43,9 +56,8 @@ def _copy_of(path: str | None) -> str:
     return f". The newest checkpoint holds a good copy. {go_on(folder, config=copy)}"
 
 
-def train_config(config: Config, campaign_dir: str | None = None) -> int:
-    if several():
-        return _train_together(config)
+def train_config(config: Config, campaign_dir: str | None = None, world: World = ALONE) -> int:
+    check_ranks(config, world.size)
     if config.campaign is not None:
         from retrain.campaign.run import run_campaign
 
@@ -57,26 +69,6 @@ def train_config(config: Config, campaign_dir: str | None = None) -> int:
         from retrain.cli.squeeze import squeeze
 
         return squeeze(config)
-    check_available(config)
-    return _train(config, ALONE)
-
-
-def _train_together(config: Config) -> int:
-    """As one of several ranks: the first one says what there is to say."""
-    rank = 0
-    try:
-        with open_world() as world:
-            rank = world.rank
-            check_available(config)
-            check_ranks(config, world.size)
-            return _train(config, world)
-    except (Exception, KeyboardInterrupt) as error:
-        if rank:
-            raise SystemExit(status_of(error)) from None
-        raise
-
-
-def _train(config: Config, world: World) -> int:
     # Torch takes seconds to import: a config that cannot run is refused before that.
     from retrain.tracking import train
     from retrain.tracking.console import ConsoleObserver

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from retrain.config.availability import check_available, unavailable
 from retrain.config.build import build
 from retrain.config.campaign import Run, run_kind, run_matrix
 from retrain.config.effects import without_effect, without_effect_in_campaign
@@ -66,7 +65,6 @@ __all__ = [
     "TrainingConfig",
     "build",
     "changed",
-    "check_available",
     "check_ranks",
     "dump_toml",
     "json_schema",
@@ -74,7 +72,6 @@ __all__ = [
     "run_kind",
     "run_matrix",
     "to_dict",
-    "unavailable",
     "value_of",
     "without_effect",
     "without_effect_in_campaign",

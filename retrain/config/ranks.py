@@ -38,6 +38,13 @@ def _table(config: Config, size: int) -> Iterator[tuple[bool, str]]:
         f'that, or "cpu"; or {alone}',
     )
     yield (
+        config.backend.sharding == "fsdp"
+        and bool(config.environment.provider)
+        and config.inference.engine == "pytorch",
+        'backend.sharding = "fsdp": with an [environment], episodes of different lengths would have to be sampled in '
+        'lockstep; let a server sample (inference.engine = "vllm" or "sglang"), or use backend.sharding = "none"',
+    )
+    yield (
         not bp.enabled and batch < size,
         f"training.batch_size = {batch}: {size} processes share the groups of a step out, some would have none; start "
         f"{batch} processes at most, or raise it",

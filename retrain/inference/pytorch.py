@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retrain.backend.model import Policy
+from retrain.distributed import ALONE, World
 from retrain.inference import Engine
 from retrain.inference.decode import Decoder, Rows
 from retrain.inference.fused import FusedDecoder, obstacle
@@ -89,12 +90,18 @@ class PyTorchEngine(Engine):
         self, prompts: Sequence[np.ndarray], streams_PG: np.ndarray, *, max_tokens: int, temperature: float
     ) -> list[tuple[Completion, ...]]:
         groups, size = streams_PG.shape
+        if groups == 0:
+            # Others have some, and each pass through a sharded base is everybody's.
+            prompts, streams_PG = [np.array(self.policy.eos_ids[:1])], np.zeros((1, size), dtype=np.uint64)
         noise_BT = torch.from_numpy(uniforms(streams_PG.reshape(-1), max_tokens)).to(self.policy.device)
-        if self.prefix_caching:
-            logits_BV, rows = self.decoder.start(prompts, size, max_tokens)
-        else:
-            logits_BV, rows = self.decoder.start([p for p in prompts for _ in range(size)], 1, max_tokens)
-        tokens_BT, logprobs_BT, lengths_B = decode(logits_BV, rows, noise_BT, temperature, self.policy.eos_ids)
+        with self.policy.together.lockstep():
+            if self.prefix_caching:
+                logits_BV, rows = self.decoder.start(prompts, size, max_tokens)
+            else:
+                logits_BV, rows = self.decoder.start([p for p in prompts for _ in range(size)], 1, max_tokens)
+        tokens_BT, logprobs_BT, lengths_B = decode(
+            logits_BV, rows, noise_BT, temperature, self.policy.eos_ids, self.policy.together
+        )
         done = [self._completion(t[:n], p[:n]) for t, p, n in zip(tokens_BT, logprobs_BT, lengths_B, strict=True)]
         return [tuple(done[p * size : (p + 1) * size]) for p in range(groups)]
 
@@ -115,7 +122,10 @@ def open_decoder(policy: Policy, *, merged_copy: bool, dtype: str, kv_cache_dtyp
         raise ConfigError('inference.kv_cache_dtype = "fp8": Metal has no such format; use "bf16" or "auto"')
     own = policy.head.weight.dtype
     weights = WEIGHTS.get(dtype, own)
-    why = obstacle(policy) if merged_copy else "inference.merged_copy = false"
+    if policy.is_sharded:
+        merged_copy, why = False, 'backend.sharding = "fsdp"'
+    else:
+        why = obstacle(policy) if merged_copy else "inference.merged_copy = false"
     if why is None:
         fused = FusedDecoder(policy, weights)
         if reproduces(fused, policy):
@@ -150,9 +160,17 @@ def reproduces(decoder: FusedDecoder, policy: Policy) -> bool:
 
 
 def decode(
-    logits_BV: Tensor, rows: Rows, noise_BT: Tensor, temperature: float, eos_ids: Sequence[int]
+    logits_BV: Tensor,
+    rows: Rows,
+    noise_BT: Tensor,
+    temperature: float,
+    eos_ids: Sequence[int],
+    together: World = ALONE,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens and log-probs [B, T] and lengths [B]; row b is valid up to its length, end of sequence included."""
+    """Tokens and log-probs [B, T] and lengths [B]; row b is valid up to its length, end of sequence included.
+
+    together: the ranks that decode at the same time, each its own rows, until all of them have ended.
+    """
     count, limit = noise_BT.shape
     device = noise_BT.device
     noise_TB = noise_BT.T.contiguous()
@@ -168,13 +186,14 @@ def decode(
         tokens_TB[t, alive], logprobs_TB[t, alive] = chosen, logprob
         running &= goes_on_V[chosen]
         left = int(running.sum())
-        if left == 0 or t + 1 == limit:
+        if t + 1 == limit or not together.any(left > 0):
             break
-        if left <= COMPACT_BELOW * len(running):
+        if 0 < left <= COMPACT_BELOW * len(running):
             keep = running.nonzero().squeeze(1)
             rows.keep(keep)
             alive, chosen, running = alive[keep], chosen[keep], running[keep]
-        logits_BV = rows.step(chosen)
+        with together.lockstep():
+            logits_BV = rows.step(chosen)
     if not logprobs_TB.isfinite().all():
         raise RetrainError(
             "the model's logits are not finite, so nothing can be sampled: the adapter has diverged, or the number "

@@ -16,7 +16,7 @@ from retrain.algorithm.sepa import SepaController
 from retrain.backend import Backend, open_backend
 from retrain.backend.devices import is_out_of_memory
 from retrain.backpressure import open_controller
-from retrain.config import check_available, check_ranks, run_kind
+from retrain.config import check_ranks, run_kind
 from retrain.distributed import ALONE, RankLost, World, open_world
 from retrain.redact import redact
 from retrain.training import checkpoint, durable, health
@@ -94,7 +94,6 @@ def _run(config: Config, observer: Observer, trackers: Sequence[Tracker], world:
         raise ConfigError("[campaign]: many runs, not one; start it with `retrain CONFIG.toml`")
     if run_kind(config) == "squeeze":
         raise ConfigError("[squeeze] without [training]: nothing to train; call retrain.squeeze, or add [training]")
-    check_available(config)
     check_ranks(config, world.size)
     log_dir = Path(config.logging.log_dir)
     world.on_loss(lambda: resume_hint(log_dir))

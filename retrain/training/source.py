@@ -67,7 +67,8 @@ def open_source(
     sampling = world.group()
     if isinstance(own.engine, EngineOfFirst):
         return Source(own.engine, FirstAlone(own.train, sampling), FirstAlone(own.held_out, sampling))
-    return Source(own.engine, Spread(own.train, sampling), Spread(own.held_out, sampling))
+    lockstep = config.backend.sharding == "fsdp"
+    return Source(own.engine, *(Spread(rollouts, sampling, lockstep) for rollouts in (own.train, own.held_out)))
 
 
 def _open_own(
@@ -110,11 +111,15 @@ def _open_own(
 
 def _engine(config: Config, backend: Backend, say: Callable[[str], None], opened: ExitStack, world: World) -> Engine:
     """An engine in this process, or the one that talks to servers, which only the first rank has."""
+    from retrain.backend.local import LocalBackend
 
     def open_own() -> Engine:
         return open_engine(config.inference, backend, Serving.of(config, say))
 
-    shared = world.size > 1 and config.inference.engine != "pytorch"
-    engine = EngineOfFirst(world, open_own) if shared else open_own()
+    if world.size > 1 and config.inference.engine != "pytorch":
+        assert isinstance(backend, LocalBackend)  # `check_ranks` sees to it
+        engine = EngineOfFirst(backend.on_first, open_own)
+    else:
+        engine = open_own()
     opened.callback(engine.close)
     return engine

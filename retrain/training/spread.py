@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -86,15 +87,16 @@ class FirstAlone:
 class EngineOfFirst(Engine):
     """See `retrain.inference.Engine`: the engine that rank 0 has, seen from every rank. Only rank 0 samples from it."""
 
-    def __init__(self, world: World, open_own: Callable[[], Engine]) -> None:
-        """Raises what `open_own` raises on rank 0."""
-        self.world, self.own, self.policy_version = world, None, 0
+    def __init__(self, on_first: Callable[[Callable[[], Any]], Any], open_own: Callable[[], Engine]) -> None:
+        """on_first: as `World.first`. Raises what `open_own` raises on rank 0."""
+        self.on_first, self.policy_version = on_first, 0
+        self.own: Engine | None = None
 
         def open_first() -> bool:
             self.own = open_own()
             return self.own.overlaps
 
-        self.overlaps = world.first(open_first)
+        self.overlaps = on_first(open_first)
 
     @property
     def servers_alive(self) -> int | None:
@@ -108,7 +110,7 @@ class EngineOfFirst(Engine):
 
     def stage(self, version: int) -> None:
         own = self.own
-        self.world.first(lambda: own and own.stage(version))
+        self.on_first(lambda: own and own.stage(version))
 
     def use(self, version: int) -> None:
         if self.own is not None:

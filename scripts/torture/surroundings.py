@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-from retrain.config import KEYS, Config, check_available, dump_toml, load_config, value_of
+from retrain.config import KEYS, Config, dump_toml, load_config, value_of
 from retrain.training.checkpoint import TRAINER_STATE
 from retrain.training.folder import CONFIG, METADATA
 from retrain.training.start import CHANGEABLE, CHANGEABLE_SECTIONS, NOT_CHANGEABLE
@@ -158,7 +158,6 @@ def _with_another_value(path: Path, name: str) -> Config | None:
     for guess in guesses:
         try:
             changed = load_config(path, {name: guess})
-            check_available(changed)
             if value_of(changed, key) != now and name not in ("resume.from", "logging.log_dir"):
                 return changed
         except ConfigError:
