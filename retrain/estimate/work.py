@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from retrain.config import Config
@@ -66,13 +67,23 @@ def micro_batches(config: Config, prompts: int) -> list[Rows]:
     prompt, length, budget = prompt_tokens(config), config.training.max_tokens, config.training.micro_batch_tokens
     size = math.ceil(config.training.group_size / config.loss.minibatches)
     wanted = max(1, round(size * length / math.sqrt(prompt * (prompt + TOKEN_COST))))
-    most = max(1, (budget - prompt) // length)  # in one row
-    rows = min(size, max(wanted, math.ceil(size / most)))
-    few, more = divmod(size, rows)
-    kinds = {few: rows - more} | ({few + 1: more} if more else {})
+    kinds = Counter(_completions_of_rows(size, length, size * length / wanted, budget - prompt))
     found = []
     for completions, count in kinds.items():
         width = prompt + completions * length
         together = min(prompts * count, max(1, budget // width))
         found.append(Rows(together, width, together * completions * length, completions > 1))
     return found
+
+
+def _completions_of_rows(size: int, length: int, share: float, most: int) -> list[int]:
+    """How many completions of `length` tokens each row of a group holds. share, most: tokens of them that it should,
+    and may, have."""
+    rows: list[int] = []
+    for i in range(size):
+        # As in packing: a completion goes where its middle falls.
+        if rows and (i + 0.5) * length <= share * len(rows) and (rows[-1] + 1) * length <= most:
+            rows[-1] += 1
+        else:
+            rows.append(1)
+    return rows
