@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import tiny_models as models
 from retrain.backend import devices
-from retrain.backend.learner import can_share_prompts
 from retrain.backend.local import ADAPTER_WEIGHTS, LocalBackend
 from retrain.backend.model import base_digest
+from retrain.backend.packing import can_share_prompts
 from retrain.inference.pytorch import PyTorchEngine
 from retrain.types import ConfigError, RetrainError
 

@@ -27,11 +27,11 @@ from retrain.backend.figures import (
     uncertainty_summary,
 )
 from retrain.backend.model import Policy
-from retrain.backend.packing import MicroBatch, loss_denominator, pack, trained
+from retrain.backend.packing import MicroBatch, can_share_prompts, loss_denominator, pack, trained
 from retrain.backend.recovery import NotFinite, OutOfMemory, all_or_nothing, fitting, release_memory
 from retrain.backend.sharing import shares
 from retrain.distributed import ALONE, World
-from retrain.types import Batch, RetrainError, Rollout, StepResult
+from retrain.types import Batch, RetrainError, StepResult
 from retrain_kernels import linear_logprob, policy_loss
 
 if TYPE_CHECKING:
@@ -371,9 +371,15 @@ class Learner:
     def _check_gap(self, records: Sequence[Pass]) -> None:
         limit, worst = self.inference.max_logprob_gap, logprob_gap(records)["logprob_gap_max"]
         if 0 < limit < worst:
+            ahead = self.training.max_staleness
+            why = (
+                f"training.max_staleness = {ahead} lets the policy get that far ahead of its samples"
+                if ahead
+                else "the completions were not sampled from the policy that trains"
+            )
             raise RetrainError(
                 f"sampler and trainer disagree by {worst:.3g} nats on a token, more than inference.max_logprob_gap = "
-                f"{limit:g}: the completions were not sampled from the policy that trains"
+                f"{limit:g}: {why}"
             )
 
 
@@ -398,32 +404,3 @@ def _check_sampler(batch: Batch) -> None:
     bad = [i for i, r in enumerate(batch.rollouts) if not np.isfinite(trained(r, r.logprobs_T)).all()]
     if bad:
         raise NotFinite("sampler's log-probabilities", bad)
-
-
-@torch.no_grad()
-def can_share_prompts(policy: Policy) -> bool:
-    """Whether this model computes a shared row as it computes separate sequences; decided by trying it once.
-
-    Windowed and recurrent layers are left out beforehand: on a short probe they look the same.
-    """
-    config = policy.lm.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ["full_attention"]
-    if any(kind != "full_attention" for kind in kinds) or getattr(config, "sliding_window", None):
-        return False
-    ids = np.arange(12) % config.vocab_size
-    probe = Batch(
-        prompts=(ids[:4],),
-        rollouts=tuple(Rollout(0, part, np.zeros(4), 0.0, np.zeros(4, dtype=bool)) for part in (ids[4:8], ids[8:])),
-    )
-
-    def hidden(share: bool) -> Tensor:
-        micros = pack(probe, (0, 1), budget=64, share_prompts=share, pad_id=0, device=policy.device)
-        assert len(micros) == 1
-        positions = micros[0].positions_RS if share else None
-        states = policy.hidden(micros[0].tokens_RS, positions, micros[0].mask).flatten(0, 1)
-        return states.index_select(0, micros[0].predictor_N).float()
-
-    with policy.together.lockstep():
-        shared, separate = hidden(True), hidden(False)
-    tolerance = 1e-3 if policy.head.weight.dtype == torch.float32 else 5e-2
-    return bool((shared - separate).norm() <= tolerance * separate.norm())

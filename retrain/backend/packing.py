@@ -10,12 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from retrain.types import Batch, Rollout
+
+if TYPE_CHECKING:
+    from retrain.backend.model import Policy
 
 # What a token costs apart from attention, in tokens attended to: it decides how many completions share a row. Measured
 # on a CPU at hidden size 128, where the optimum is flat; it grows with the model's width.
@@ -174,3 +178,32 @@ def _attention(segments_RS: Tensor) -> Tensor:
     causal = torch.ones(width, width, dtype=torch.bool, device=segments_RS.device).tril()
     # Padding (-1) sees itself at least, so that it stays finite; nothing reads it.
     return ((key == 0) | (key == query)) & causal
+
+
+@torch.no_grad()
+def can_share_prompts(policy: Policy) -> bool:
+    """Whether this model computes a shared row as it computes separate sequences; decided by trying it once.
+
+    Windowed and recurrent layers are left out beforehand: on a short probe they look the same.
+    """
+    config = policy.lm.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    if any(kind != "full_attention" for kind in kinds) or getattr(config, "sliding_window", None):
+        return False
+    ids = np.arange(12) % config.vocab_size
+    probe = Batch(
+        prompts=(ids[:4],),
+        rollouts=tuple(Rollout(0, part, np.zeros(4), 0.0, np.zeros(4, dtype=bool)) for part in (ids[4:8], ids[8:])),
+    )
+
+    def hidden(share: bool) -> Tensor:
+        micros = pack(probe, (0, 1), budget=64, share_prompts=share, pad_id=0, device=policy.device)
+        assert len(micros) == 1
+        positions = micros[0].positions_RS if share else None
+        states = policy.hidden(micros[0].tokens_RS, positions, micros[0].mask).flatten(0, 1)
+        return states.index_select(0, micros[0].predictor_N).float()
+
+    with policy.together.lockstep():
+        shared, separate = hidden(True), hidden(False)
+    tolerance = 1e-3 if policy.head.weight.dtype == torch.float32 else 5e-2
+    return bool((shared - separate).norm() <= tolerance * separate.norm())

@@ -1,5 +1,5 @@
 """The sections of the configuration: names, types, ranges, defaults and descriptions of every key live here only
-(those of rewards in `rewards.py`, of experiments in `experiments.py`).
+(those of rewards in `rewards.py`, of experiments in `experiments.py`, of the backend in `backends.py`).
 
 A class's docstring describes its section; a Field's description its key. Help texts, flags, the reference page and the
 JSON Schema are made from them.
@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from retrain.config.backends import BackendConfig as BackendConfig
 from retrain.config.experiments import BackpressureConfig as BackpressureConfig
 from retrain.config.experiments import CampaignConfig as CampaignConfig
 from retrain.config.experiments import ConditionConfig as ConditionConfig
 from retrain.config.experiments import SqueezeConfig as SqueezeConfig
 from retrain.config.fields import (
     AdvantageMode,
-    Devices,
     EnvironmentId,
     Source,
     Table,
@@ -35,64 +35,6 @@ CLIP = {"ppo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}
 
 def _clip_default(side: int) -> Any:
     return lambda data: CLIP["gspo" if data.get("kind") == "gspo" else "ppo"][side]
-
-
-class BackendConfig(Section):
-    """Where the model is trained."""
-
-    backend: Literal["local", "tinker"] = Field(
-        default="local", description="Training backend: `local` (PyTorch and PEFT) or `tinker` (remote service)."
-    )
-    devices: Devices = Field(
-        default="gpu:0",
-        description="A device, `cpu`, `mps` or `gpu:N`, or two with a comma: inference then runs on the first, in a "
-        "process of its own, and training on the last. Without a GPU, `gpu:0` runs on the CPU and says so.",
-    )
-    sharding: Literal["none", "fsdp"] = Field(
-        default="none",
-        description="Where several processes train: each holds the whole base model (`none`), or its layers are "
-        "sharded over them (`fsdp`), for a base that does not fit on one device.",
-    )
-    adapter_path: str = Field(
-        default="/tmp/retrain_adapter",
-        min_length=1,
-        description="Folder where the adapter is published for external engines, one sub-folder per policy version.",
-    )
-
-    service: Literal["tinker", "skyrl"] = Field(
-        default="tinker",
-        description="Whose service is at `model.base_url`: Thinking Machines' `tinker`, or a server of `skyrl` (its "
-        "JAX backend), which reduces the loss in another way and does not clip gradients. Backend `tinker` only.",
-    )
-    max_concurrent: int = Field(
-        default=64, ge=1, description="Most sampling requests under way at the service, each for one group."
-    )
-    patience_s: float = Field(
-        default=60.0,
-        gt=0,
-        le=300,
-        description="Seconds without a usable answer of the service until the run saves its state and stops.",
-    )
-    state_ttl_s: int = Field(
-        default=86400,
-        ge=0,
-        description="Seconds for which the service keeps the full state of each step, so that a run that loses it goes "
-        "on from its last step. 0 = only the checkpoints of `training.save_every` are kept there.",
-    )
-
-    @property
-    def samples_on(self) -> str:
-        """The device of the in-process engine."""
-        return self.devices.split(",")[0]
-
-    @property
-    def trains_on(self) -> str:
-        return self.devices.split(",")[-1]
-
-    @property
-    def is_split(self) -> bool:
-        """Whether sampling has a device, and a process, of its own."""
-        return "," in self.devices
 
 
 class ModelConfig(Section):

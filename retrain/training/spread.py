@@ -20,15 +20,11 @@ from retrain.types import Completion, Example
 
 
 @dataclass(frozen=True)
-class Spread:
-    """See `retrain.training.rollouts.Rollouts`. own: what samples and judges in this process.
-
-    together: whether `own` samples in lockstep with the other ranks', so that it is called where it has nothing to do.
-    """
+class _OfRanks:
+    """own: what samples and judges in this process."""
 
     own: Rollouts
     world: World
-    together: bool = False
 
     @property
     def examples(self) -> Sequence[Example]:
@@ -37,6 +33,16 @@ class Spread:
     @property
     def prompt_tokens(self) -> Sequence[np.ndarray]:
         return self.own.prompt_tokens
+
+
+@dataclass(frozen=True)
+class Spread(_OfRanks):
+    """See `retrain.training.rollouts.Rollouts`.
+
+    together: whether `own` samples in lockstep with the other ranks', so that it is called where it has nothing to do.
+    """
+
+    together: bool = False
 
     def groups(
         self, places: Sequence[int], streams_PG: np.ndarray, *, temperature: float, watch: Stopwatch
@@ -61,19 +67,8 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class FirstAlone:
+class FirstAlone(_OfRanks):
     """See `retrain.training.rollouts.Rollouts`. Rank 0 alone talks to servers and judges; the others get what came."""
-
-    own: Rollouts
-    world: World
-
-    @property
-    def examples(self) -> Sequence[Example]:
-        return self.own.examples
-
-    @property
-    def prompt_tokens(self) -> Sequence[np.ndarray]:
-        return self.own.prompt_tokens
 
     def groups(
         self, places: Sequence[int], streams_PG: np.ndarray, *, temperature: float, watch: Stopwatch
