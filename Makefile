@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := $(shell date -u +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test kernels check docs tiny smollm2 test-smollm2 test-servers test-report test-tinker torture audit clean
+.PHONY: help demo test kernels check docs tiny smollm2 test-smollm2 test-servers test-scale test-report test-tinker torture audit clean
 
 help:  ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/make \1\t\2/' | expand -t 22
@@ -50,6 +50,9 @@ test-smollm2: .venv/dev models/SmolLM2-135M-Instruct/config.json  ## the tests t
 
 test-servers: .venv/dev .venv-vllm/ready .venv-max/ready models/SmolLM2-135M-Instruct/config.json  ## the tests against real inference servers
 	$(BIN)/python -m pytest -m servers tests/servers
+
+test-scale: .venv/dev  ## whole runs of several processes: ranks, replicas, samplers of their own; and their memory
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m scale tests/scale
 
 test-report: .venv/dev  ## the report's page in a real Chromium
 	scripts/install_chromium.sh

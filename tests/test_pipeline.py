@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +11,9 @@ from retrain.training.collect import Collected
 from retrain.training.pipeline import Pipeline
 from retrain.training.stopwatch import Stopwatch
 from retrain.types import RetrainError
-from runs import assert_same_run, lines, retrain, start, write_config
+from runs import assert_same_run, lines, retrain, write_config
+
+pytest_plugins = "pipeline_runs"
 
 # ---- which policy samples which batch -------------------------------------------------------------------------------
 
@@ -168,38 +167,6 @@ def test_what_is_waited_for_is_not_what_sampling_took():
 # ---- the real command -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("pipeline")
-
-
-@pytest.fixture(scope="module")
-def run(folder):
-    """Runs of the same experiment, each made once: by staleness and devices."""
-    made: dict[tuple[int, str], Path] = {}
-
-    def make(staleness: int, devices: str = "cpu") -> Path:
-        if (staleness, devices) not in made:
-            log_dir = folder / f"{staleness}-{devices.replace(',', '-')}"
-            done = retrain(
-                config(folder, log_dir), "--max-staleness", staleness, "--devices", devices, "--max-steps", 6
-            )
-            assert done.returncode == 0, done.stderr
-            made[staleness, devices] = log_dir
-        return made[staleness, devices]
-
-    return make
-
-
-def config(folder: Path, log_dir: Path) -> Path:
-    place = folder / f"config-{log_dir.name}"
-    place.mkdir()
-    evaluates = "eval_fraction = 0.1\n[eval]\nevery = 3\nexamples = 4\n"
-    path = write_config(place, log_dir, learns=True)
-    path.write_text(path.read_text().replace('source = "arithmetic"\n', f'source = "arithmetic"\n{evaluates}'))
-    return path
-
-
 @pytest.mark.parametrize("staleness", [0, 1, 2])
 def test_the_same_bits_with_and_without_a_process_of_its_own(run, staleness):
     assert_same_run(run(staleness, "cpu"), run(staleness, "cpu,cpu"))
@@ -227,57 +194,6 @@ def test_other_runs_are_other_runs(run):
     assert len(set(texts.values())) == 3
 
 
-@pytest.mark.parametrize(("sent", "staleness"), [(signal.SIGTERM, 1), (signal.SIGKILL, 2)])
-def test_stopped_or_killed_it_goes_on_to_the_same_bits(run, folder, sent, staleness):
-    log_dir = folder / f"stopped-{staleness}-{sent.name}"
-    process = start(config(folder, log_dir), "--max-staleness", staleness, "--devices", "cpu,cpu")
-    while not (log_dir / "metrics.jsonl").exists() or len(lines(log_dir / "metrics.jsonl")) < 3:
-        assert process.poll() is None
-        time.sleep(0.01)
-    (sampler,) = children(process.pid)
-    process.send_signal(sent)
-    _, stderr = process.communicate()
-    assert process.returncode == (130 if sent == signal.SIGTERM else -signal.SIGKILL), stderr
-    assert "Traceback" not in stderr
-    wait_for_end(sampler)
-    done = retrain(log_dir / "config.toml", "--resume", log_dir)
-    assert done.returncode == 0, done.stderr
-    assert_same_run(run(staleness), log_dir)
-
-
-def test_a_shorter_run_that_is_prolonged(run, folder):
-    log_dir = folder / "prolonged"
-    short = retrain(config(folder, log_dir), "--max-staleness", 2, "--max-steps", 3, "--lr-schedule", "constant")
-    assert short.returncode == 0, short.stderr
-    done = retrain(log_dir / "config.toml", "--resume", log_dir, "--max-steps", 6)
-    assert done.returncode == 0, done.stderr
-    long_dir = folder / "long"
-    whole = retrain(config(folder, long_dir), "--max-staleness", 2, "--max-steps", 6, "--lr-schedule", "constant")
-    assert whole.returncode == 0, whole.stderr
-    assert (log_dir / "generations.jsonl").read_bytes() == (long_dir / "generations.jsonl").read_bytes()
-    assert (log_dir / "final/adapter_model.safetensors").read_bytes() == (
-        long_dir / "final/adapter_model.safetensors"
-    ).read_bytes()
-
-
-def test_a_sampler_that_dies_ends_the_run_with_a_checkpoint(run, folder):
-    log_dir = folder / "orphaned"
-    process = start(config(folder, log_dir), "--max-staleness", 1, "--devices", "cpu,cpu")
-    while not (log_dir / "metrics.jsonl").exists() or len(lines(log_dir / "metrics.jsonl")) < 2:
-        assert process.poll() is None
-        time.sleep(0.01)
-    (sampler,) = children(process.pid)
-    os.kill(sampler, signal.SIGKILL)
-    _, stderr = process.communicate()
-    assert process.returncode == 1
-    assert "error: the process that samples on cpu died (signal 9)" in stderr
-    assert "Traceback" not in stderr
-    assert f"--resume {log_dir}" in stderr
-    done = retrain(log_dir / "config.toml", "--resume", log_dir)
-    assert done.returncode == 0, done.stderr
-    assert_same_run(run(1), log_dir)
-
-
 def test_another_staleness_is_another_run(run):
     log_dir = run(1)
     done = retrain(log_dir / "config.toml", "--resume", log_dir, "--max-staleness", 2, "--max-steps", 8)
@@ -291,21 +207,6 @@ def test_devices_that_do_not_exist(folder, tmp_path, devices):
     assert done.returncode == 2
     assert done.stderr.startswith('error: backend.devices = "gpu:') and "this machine has" in done.stderr
     assert not (tmp_path / "run").exists()
-
-
-def children(pid: int) -> list[int]:
-    """The sampling processes of a run."""
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [
-        int(child) for child in found if b"retrain.inference.sampler" in Path(f"/proc/{child}/cmdline").read_bytes()
-    ]
-
-
-def wait_for_end(pid: int) -> None:
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists():
-        assert time.monotonic() < deadline, "a process was left behind"
-        time.sleep(0.01)
 
 
 # ---- what theory says of the ratio ----------------------------------------------------------------------------------

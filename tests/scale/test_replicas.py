@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 import runs
 from fake_server import FakeServer
 from retrain.assets import resolve_model
 from server_rig import dies_at, revive, wait_for
+
+pytestmark = pytest.mark.scale
 
 STEPS = 6
 RUN = """

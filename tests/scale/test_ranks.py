@@ -9,13 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
+from rank_runs import RanksRun, run_ranks, until
 from safetensors.torch import load_file
 
 from fake_server import FakeServer
-from rank_runs import RanksRun, run_ranks, until
 from retrain.training.folder import METRICS
 from retrain.training.metrics import MEASURED
 from runs import lines, retrain, start, unmeasured, write_config
+
+pytestmark = pytest.mark.scale
 
 # No dropout, which differs between ranks; a rate that does not depend on where the run ends.
 PLAIN = ("--lora-dropout", 0, "--lr-schedule", "constant", "--keep-checkpoints", 0)
@@ -214,6 +216,15 @@ def test_an_error_of_one_rank_alone_is_named(config: Path, tmp_path, monkeypatch
     assert run.statuses[0] == 1
     assert "error: rank 1: " in run.said
     assert "only here. Take care" in run.said
+
+
+def test_sampling_ahead_is_that_of_one_process(config: Path, tmp_path):
+    for name, nproc in (("one", ()), ("two", ("--nproc", 2))):
+        done = retrain(config, *nproc, "--log-dir", tmp_path / name, "--max-steps", 4, *PLAIN, "--max-staleness", 1)
+        assert done.returncode == 0, done.stderr
+    assert_close(tmp_path / "one/final", tmp_path / "two/final")
+    versions = [[row["sampler_version"] for row in lines(tmp_path / name / METRICS)] for name in ("one", "two")]
+    assert versions[0] == versions[1]
 
 
 # ---- who samples, and a sharded base -------------------------------------------------------------------------------
