@@ -75,7 +75,7 @@ def in_thread(work):
     return lambda: result.result(60)
 
 
-def wait_for(condition, what, seconds=15):
+def wait_for(condition, what, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not come"

@@ -180,9 +180,9 @@ def test_a_server_that_is_away_while_a_version_is_staged_does_not_miss_it(serve,
     engine.stage(1)
     assert numbers(there) == [0, 1]
     revive(away)
-    there.delay = 0.3
+    there.delay = 2.0  # long enough for a look at the other one, on a busy machine too
     assert tokens(got) == wanted
-    wait_for(lambda: tokens(generate(engine)) == wanted and engine.servers_alive == 2, "the server")
+    wait_for(lambda: tokens(generate(engine)) == wanted and engine.servers_alive == 2, "the server", 60)
     assert numbers(away) == [0, 1]
     there.delay = 0.0
     engine.use(1)
