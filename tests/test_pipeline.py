@@ -167,12 +167,12 @@ def test_what_is_waited_for_is_not_what_sampling_took():
 # ---- the real command -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("staleness", [0, 1, 2])
+@pytest.mark.parametrize("staleness", [0, 2])
 def test_the_same_bits_with_and_without_a_process_of_its_own(run, staleness):
     assert_same_run(run(staleness, "cpu"), run(staleness, "cpu,cpu"))
 
 
-@pytest.mark.parametrize("staleness", [0, 1, 2])
+@pytest.mark.parametrize("staleness", [0, 2])
 def test_versions_and_ratios_are_in_the_metrics(run, staleness):
     rows = lines(run(staleness) / "metrics.jsonl")
     updates = [row["policy_version"] for row in rows]
@@ -190,8 +190,8 @@ def test_versions_and_ratios_are_in_the_metrics(run, staleness):
 
 
 def test_other_runs_are_other_runs(run):
-    texts = {staleness: (run(staleness) / "generations.jsonl").read_bytes() for staleness in (0, 1, 2)}
-    assert len(set(texts.values())) == 3
+    texts = {staleness: (run(staleness) / "generations.jsonl").read_bytes() for staleness in (0, 2)}
+    assert len(set(texts.values())) == 2
 
 
 def test_another_staleness_is_another_run(run):
