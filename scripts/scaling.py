@@ -36,7 +36,7 @@ def _llama(hidden: int, layers: int, heads: int, intermediate: int) -> estimate.
     return estimate.ModelShape(hidden, layers, heads, 8, 128, intermediate, 128_256, tied=False)
 
 
-# From their config.json.
+# As published; a test holds their parameter counts to the published ones.
 MODELS = {
     "Qwen3-0.6B": _qwen3(1024, 28, 16, 3072, tied=True),
     "Qwen3-1.7B": _qwen3(2048, 28, 16, 6144, tied=True),
