@@ -29,6 +29,7 @@ CHANGEABLE = {
     "training.gradient_checkpointing",
     "training.strict",
     "backend.devices",
+    "backend.sharding",
     "backend.adapter_path",
     "backend.max_concurrent",
     "backend.patience_s",
